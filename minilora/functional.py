@@ -1,13 +1,22 @@
-"""The maths of a low-rank linear layer, as pure functions of tensors.
+"""The maths of a low-rank linear layer, forward and backward, as pure functions of tensors.
 
-Notation: n tokens, a layer of (out, in), rank r, A (r, in), B (out, r), s = scaling.
+Notation: n tokens, a layer of (out, in), rank r, A (r, in), B (out, r), s = scaling, g = dL/dy (n, out).
 
     W_eff = W + s B A            y = x W_eff^T + b = x W^T + b + s (x A^T) B^T
 
-(Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.)
+(Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.) The two ways to write y are the two ways to
+compute it:
+
+    weight form   build W_eff, one product over the tokens. Costs passes over (out, in), whatever n is.
+    delta form    two products. Costs passes over (n, in) and (n, out); takes dropout; loses nothing of a
+                  small update where W is stored in 16 bits, since W_eff is never rounded.
+
+Neither ever needs the (out, in) weight gradient: dB = s g^T (x A^T), dA = s (g B)^T x, dx = g W_eff.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,18 +53,117 @@ def effective_weight(
     return result.to(dtype or weight.dtype)
 
 
-def low_rank_delta(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return s (x A^T) B^T: what the update adds to the layer's output.
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer multiplies x: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def prefers_weight_form(tokens: int, out_features: int, in_features: int) -> bool:
+    """Return whether the weight form moves less memory than the delta form.
+
+    Building W_eff reads W and writes W_eff, once in the forward and once in the backward: 4 in out. The
+    delta form reads x for x A^T, reads and writes y in the forward, and reads and writes dx in the backward:
+    n (3 in + 2 out). The rank weighs on both sides alike and cancels; the four skinny products of the
+    backward are the same in both.
+    """
+    return tokens * (3 * in_features + 2 * out_features) > 4 * in_features * out_features
+
+
+def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return y + s (x A^T) B^T: the delta form, given the base's own output.
 
     Args:
-        x: (..., in), of any floating dtype. Outside autocast it is brought to A's dtype.
+        y: (..., out), floating point; what the base returned.
+        x: (..., in); what the base was given, after dropout if there is any.
         lora_A: (r, in).
         lora_B: (out, r).
-        scaling: the factor s, applied to the (..., r) product, where it costs least.
+        scaling: the factor s.
 
     Returns:
-        (..., out), in A's dtype, or autocast's.
+        (..., out), in y's dtype. A and B are brought to x's dtype, being small, and not x to theirs.
     """
-    if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(lora_A.dtype)
-    return F.linear(F.linear(x, lora_A) * scaling, lora_B)
+    dtype = compute_dtype(x)
+    h = F.linear(x, lora_A.to(dtype))  # (..., r)
+    if y.dtype != dtype:  # a base that computes in a dtype of its own, as quantised layers may
+        return y + (F.linear(h, lora_B.to(dtype)) * scaling).to(y.dtype)
+    out_features, r = lora_B.shape
+    # One kernel that scales, multiplies and adds, with no (..., out) tensor in between.
+    flat = torch.addmm(y.reshape(-1, out_features), h.reshape(-1, r), lora_B.to(dtype).T, alpha=scaling)
+    return flat.view(y.shape)
+
+
+def effective_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Return x W_eff^T + b: the weight form, with W_eff built anew here and in the backward.
+
+    The same bits as a merged layer gives. Weight and bias are taken as frozen: they get no gradient.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), or (in, out) where `transposed`.
+        bias: (out,) or None.
+        lora_A: (r, in).
+        lora_B: (out, r).
+        scaling: the factor s.
+        transposed: whether the weight is stored as (in, out).
+
+    Returns:
+        (..., out), in `compute_dtype(x)`; differentiable, to any order, in x, A and B.
+    """
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    arguments = (x.to(dtype), weight, bias, lora_A, lora_B, scaling, transposed)
+    return _EffectiveLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    """The weight form with its own backward: nothing of (out, in) is kept between the two."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        transposed: bool,
+    ) -> Tensor:
+        w_eff = effective_weight(weight, lora_A, lora_B, scaling, transposed=transposed, dtype=x.dtype)
+        return F.linear(x, w_eff.T if transposed else w_eff, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, lora_A, lora_B, ctx.scaling, ctx.transposed = inputs
+        ctx.save_for_backward(x, weight, lora_A, lora_B)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B = ctx.saved_tensors
+        s, transposed = ctx.scaling, ctx.transposed
+        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        dx = dA = dB = None
+        with torch.autocast(g.device.type, enabled=False):
+            if needs_x:
+                w_eff = effective_weight(weight, lora_A, lora_B, s, transposed=transposed, dtype=g.dtype)
+                dx = g @ (w_eff.T if transposed else w_eff)
+            # The products over all tokens keep the long side contiguous: (r, n) instead of (n, r).
+            g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+            if needs_A:
+                gB = lora_B.to(g.dtype).T @ g_rows.T  # (r, n)
+                dA = (gB @ x_rows).to(lora_A.dtype) * s
+            if needs_B:
+                h = lora_A.to(g.dtype) @ x_rows.T  # (r, n)
+                dB = (h @ g_rows).to(lora_B.dtype).T * s
+        return dx, None, None, dA, dB, None, None

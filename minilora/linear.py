@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
 class LinearShape(NamedTuple):
@@ -45,6 +46,21 @@ def has_plain_weight(module: nn.Module) -> bool:
         isinstance(weight, torch.Tensor)
         and type(weight) in (torch.Tensor, nn.Parameter)
         and weight.is_floating_point()
+    )
+
+
+def computes_plainly(module: nn.Module) -> bool:
+    """Return whether calling the module does nothing but F.linear with its own plain weight and bias.
+
+    A subclass may do more, hooks may watch or change the call, and libraries that move weights between
+    devices replace `forward` on the instance.
+    """
+    return (
+        (type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) or _is_conv1d(module))
+        and has_plain_weight(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and "forward" not in vars(module)
     )
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .errors import MergeError, TargetError
-from .functional import effective_weight, low_rank_delta
-from .linear import has_plain_weight, linear_shape
+from .functional import add_low_rank, effective_linear, effective_weight, prefers_weight_form
+from .linear import computes_plainly, has_plain_weight, linear_shape
 from .module import InjectedModule, adapter_dtype, device_of, generator_for
 
 
@@ -85,11 +85,31 @@ class LoRALinear(InjectedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the base's output dtype."""
-        y: Tensor = self.base(x)
         if self.merged or not self.enabled:
-            return y
+            return self.base(x)  # type: ignore[no-any-return]
+        if self._takes_weight_form(x):
+            weight, A, B = self._unmerged_weight(), self.lora_A, self.lora_B
+            return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=self._transposed)
+        y: Tensor = self.base(x)
         x = F.dropout(x, self.config.dropout, self.training)
-        return y + low_rank_delta(x, self.lora_A, self.lora_B, self.scaling).to(y.dtype)
+        return add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
+
+    def _takes_weight_form(self, x: Tensor) -> bool:
+        """Return whether W_eff may stand for the base's own call here, and is the cheaper way."""
+        if self.training and self.config.dropout:
+            return False
+        if not prefers_weight_form(x.numel() // self.in_features, self.out_features, self.in_features):
+            return False
+        if not computes_plainly(self.base):
+            return False
+        weight, bias = self._unmerged_weight(), self.bias
+        return (
+            # In 16 bits W_eff would round small updates away; under autocast W itself is still whole.
+            weight.dtype in (torch.float32, torch.float64)
+            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+            # The weight form has no gradient for what somebody has thawed.
+            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        )
 
     def delta_weight(self) -> Tensor:
         """Return s B A, (out, in), in A's dtype, whatever the base's layout."""
