@@ -71,6 +71,7 @@ class Adapter(InjectedModule):
         # Made without values: nn.Linear's own draw would move torch's random state.
         self.adapter_down = nn.Linear(source, m, device="meta", dtype=dtype).to_empty(device=device)
         self.adapter_up = nn.Linear(m, d_out, device="meta", dtype=dtype).to_empty(device=device)
+        self.adapter_down.training = self.adapter_up.training = base.training
         self.reset_parameters(site)
 
     @torch.no_grad()
@@ -99,7 +100,7 @@ class Adapter(InjectedModule):
                 f"returns {type(h).__name__}: it must return one tensor (and, for the parallel placement, "
                 "take one as its first positional argument). Choose a module inside it as the target"
             )
-        if not torch.is_autocast_enabled(h.device.type):
+        if h.is_meta or not torch.is_autocast_enabled(h.device.type):
             x = x.to(self.adapter_down.weight.dtype)
         delta: Tensor = self.adapter_up(ACTIVATIONS[self.config.activation](self.adapter_down(x)))
         return h + (self.config.scale * delta).to(h.dtype)

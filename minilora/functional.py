@@ -16,6 +16,7 @@ Neither ever needs the (out, in) weight gradient: dB = s g^T (x A^T), dA = s (g 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,8 +48,7 @@ def effective_weight(
     """
     exact = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
     left, right = (lora_A.T, lora_B.T) if transposed else (lora_B, lora_A)
-    # Autocast would round the product to 16 bits.
-    with torch.autocast(weight.device.type, enabled=False):
+    with _without_autocast(weight):  # which would round the product to 16 bits
         result = torch.addmm(weight.to(exact), left.to(exact), right.to(exact), alpha=scaling)
     return result.to(dtype or weight.dtype)
 
@@ -56,7 +56,9 @@ def effective_weight(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies x: autocast's where it is on, else x's own."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.is_meta or not torch.is_autocast_enabled(device):  # there is no autocast on the meta device
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def prefers_weight_form(tokens: int, out_features: int, in_features: int) -> bool:
@@ -125,6 +127,10 @@ def effective_linear(
     return _EffectiveLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 class _EffectiveLinear(torch.autograd.Function):
     """The weight form with its own backward: nothing of (out, in) is kept between the two."""
 
@@ -154,7 +160,7 @@ class _EffectiveLinear(torch.autograd.Function):
         s, transposed = ctx.scaling, ctx.transposed
         needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         dx = dA = dB = None
-        with torch.autocast(g.device.type, enabled=False):
+        with _without_autocast(g):
             if needs_x:
                 w_eff = effective_weight(weight, lora_A, lora_B, s, transposed=transposed, dtype=g.dtype)
                 dx = g @ (w_eff.T if transposed else w_eff)

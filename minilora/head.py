@@ -42,8 +42,11 @@ class TrainableHead(InjectedModule):
         return state
 
     def load_adapter_state(self, values: dict[str, Tensor], *, assign: bool) -> None:
-        """Give the copy the values that a file has for it. Inverse: `adapter_state`."""
-        self.trained.load_state_dict(values, assign=assign)
+        """Give the copy the values that a file has for it. Inverse: `adapter_state`.
+
+        Always in place, since assigning would untie weights that are tied inside the module.
+        """
+        self.trained.load_state_dict(values)
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the trained copy, which takes the original's place."""
@@ -58,5 +61,6 @@ class TrainableHead(InjectedModule):
 
     def _initial(self, name: str, tensor: Tensor, state_dict: dict[str, Any], prefix: str) -> Tensor:
         """Start the copy from the original that a bare checkpoint brings."""
-        value: Tensor = state_dict.get(prefix + name.removeprefix("trained."), tensor)
-        return value
+        value: Tensor | None = state_dict.get(prefix + name.removeprefix("trained."))
+        # A copy, because load_state_dict(assign=True) would have both share the memory of one tensor.
+        return tensor if value is None else value.detach().clone()

@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapter import Adapter
 from .config import AdapterConfig, Config, LoRAConfig
-from .errors import TargetError, quoted, several
+from .errors import MiniLoRAError, TargetError, quoted, several
 from .head import TrainableHead
 from .lora import LoRALinear
 from .module import (
@@ -89,7 +89,7 @@ def inject(
             failures[str(error)].append(name)
     for name, head in heads.items():
         try:
-            require_trainable_in_full(model, name, head, chosen)
+            require_trainable_in_full(model, name, head, {*chosen, *(heads.keys() - {name})})
             replacements[head] = TrainableHead(head)
         except TargetError as error:
             failures[str(error)].append(name)
@@ -118,10 +118,13 @@ def eject(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        MiniLoRAError: when the model carries no injection.
+        MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
     """
+    found = require_injected(model)
+    if not all(wrapper.enabled for wrappers in found.values() for wrapper in wrappers):
+        raise MiniLoRAError("eject cannot work inside minilora.disabled; leave its block first")
     originals: dict[nn.Module, nn.Module] = {}
-    for wrappers in require_injected(model).values():
+    for wrappers in found.values():
         for wrapper in wrappers:
             wrapper.unmerge()
         originals[wrappers[0]] = wrappers[-1].base
@@ -131,11 +134,8 @@ def eject(model: nn.Module) -> nn.Module:
 
 def build(base: nn.Module, config: Config, *, site: str, device: torch.device) -> InjectedModule:
     """Return the wrapper that a config asks for, around a module that it does not change."""
-    kinds: dict[type[Config], Callable[..., InjectedModule]] = {
-        LoRAConfig: LoRALinear,
-        AdapterConfig: Adapter,
-    }
-    return kinds[type(config)](base, config, site=site, device=device)
+    kinds: dict[str, Callable[..., InjectedModule]] = {LoRALinear.kind: LoRALinear, Adapter.kind: Adapter}
+    return kinds[config.kind](base, config, site=site, device=device)
 
 
 def _place_for(config: Config, name: str, chains: Mapping[str, list[nn.Module]]) -> nn.Module:
@@ -165,8 +165,8 @@ def require_trainable_in_full(model: nn.Module, name: str, head: nn.Module, chos
     ]
     if overlap:
         raise TargetError(
-            f"trainable names what is, contains or lies inside an injected site ({quoted(overlap)}); "
-            "choose one of the two for each module"
+            "trainable names what is, contains or lies inside an injected site or another trainable module "
+            f"({quoted(overlap)}); choose one of the two"
         )
     own_modules, own_parameters = set(head.modules()), {id(p) for p in head.parameters()}
     outside = [

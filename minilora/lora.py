@@ -121,8 +121,8 @@ class LoRALinear(InjectedModule):
         Raises:
             MergeError: when the base's weight is quantised or otherwise not a plain tensor.
         """
-        if problem := self.merge_problem():
-            raise MergeError(problem)
+        if not has_plain_weight(self.base):
+            raise MergeError(str(self.merge_problem()))
         return effective_weight(
             self._unmerged_weight(),
             self.lora_A,
@@ -159,9 +159,15 @@ class LoRALinear(InjectedModule):
         return self._original is not None
 
     def merge_problem(self) -> str | None:
-        """Return why W_eff cannot be formed, or None."""
+        """Return why W_eff cannot be formed and take W's place, or None."""
         if has_plain_weight(self.base):
-            return None
+            if "weight" in self.base._parameters:
+                return None
+            return (
+                f"the weight of {type(self.base).__name__} is a buffer, or computed from other parameters "
+                "(a parametrization, pruning), so nothing can take its place; run it unmerged, or make it a "
+                "plain parameter first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            )
         weight = getattr(self.base, "weight", None)
         dtype = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
         return (
@@ -202,6 +208,10 @@ class LoRALinear(InjectedModule):
         self.base.weight = nn.Parameter(weight, requires_grad=original.requires_grad)
         return self.base
 
+    def base_weight(self) -> object:
+        """Return W, (out, in) or, on a `Conv1D`, (in, out), whether merged or not."""
+        return super().base_weight() if self._original is None else self._original[0]
+
     def _unmerged_weight(self) -> nn.Parameter:
         weight: nn.Parameter = self.base.weight if self._original is None else self._original[0]  # type: ignore[assignment]
         return weight
@@ -221,8 +231,8 @@ class LoRALinear(InjectedModule):
         """Move or cast the kept original with the rest, so that unmerging needs no second thought."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._original is not None:
-            original = self._original[0]
-            original.data = fn(original.data)  # as nn.Module._apply does: the object stays, and its ties
+            # By torch's own rules: the object stays, and its ties, wherever they would stay in a module.
+            self._original = (nn.ParameterList(self._original)._apply(fn)[0],)  # type: ignore[no-untyped-call]
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
-from .errors import MergeError, MiniLoRAError, several
+from .errors import MergeError, MiniLoRAError, quoted, several
 from .module import InjectedModule, replace_modules, require_injected
 from .targets import describe_sites
 
@@ -26,7 +29,7 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
         MergeError: naming each site that cannot be merged; the model is as it was.
         MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
     """
-    layers = [layer for layer in _mergeable(model, skip_adapters).values() if not layer.merged]
+    layers = [layer for _, layer in _mergeable(model, skip_adapters) if not layer.merged]
     done: list[InjectedModule] = []
     try:
         for layer in layers:
@@ -77,21 +80,30 @@ def fuse(model: nn.Module, *, dtype: torch.dtype | None = None, skip_adapters: b
         MergeError: naming each site that cannot be fused; the model is as it was.
         MiniLoRAError: when the model carries no injection, is inside `minilora.disabled`, or the dtype is
             not a floating-point one.
+
+    Warns:
+        UserWarning: when a fused weight was tied to another one, from which it now differs.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise MiniLoRAError(
             f"fuse casts to floating-point dtypes, not to {dtype}; the model has not been changed"
         )
-    for layer in _mergeable(model, skip_adapters).values():
-        replace_modules(model, {layer: layer.fused(dtype)})
+    layers = _mergeable(model, skip_adapters)
+    _warn_of_loosened_ties(model, layers)
+    plain: dict[nn.Module, nn.Module] = {}
+    try:
+        for _, layer in layers:
+            plain[layer] = layer.fused(dtype)
+    finally:  # also when memory runs out: a base with W_eff must not stay inside its wrapper
+        replace_modules(model, plain)
     if dtype is not None:
         _cast(model, dtype)
     return model
 
 
-def _mergeable(model: nn.Module, skip_adapters: bool) -> dict[int, InjectedModule]:
-    """Return the layers to merge, or raise with every reason why some cannot be."""
-    layers: dict[int, InjectedModule] = {}
+def _mergeable(model: nn.Module, skip_adapters: bool) -> list[tuple[str, InjectedModule]]:
+    """Return the layers to merge with their sites, or raise with every reason why some cannot be."""
+    layers: list[tuple[str, InjectedModule]] = []
     obstacles: dict[str, list[str]] = {}
     for site, wrappers in require_injected(model).items():
         for wrapper in wrappers:
@@ -103,11 +115,30 @@ def _mergeable(model: nn.Module, skip_adapters: bool) -> dict[int, InjectedModul
                 continue
             if problem := wrapper.merge_problem():
                 obstacles.setdefault(problem, []).append(site)
-            layers[len(layers)] = wrapper
+            layers.append((site, wrapper))
     if obstacles:
         problems = [f"{describe_sites(sites)}: {problem}" for problem, sites in obstacles.items()]
         raise MergeError(several(problems, outcome="the model has not been changed"))
     return layers
+
+
+def _warn_of_loosened_ties(model: nn.Module, layers: Iterable[tuple[str, InjectedModule]]) -> None:
+    owners: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), set()).add(module)
+    tied = [
+        f"{site}.weight"
+        for site, layer in layers
+        if layer.kind == "lora" and owners.get(id(layer.base_weight()), set()) - {layer.base}
+    ]
+    if tied:
+        warnings.warn(
+            f"{quoted(tied)} was tied to another weight and is one of its own once fused. Let no loader tie "
+            "it again: with transformers, set model.config.tie_word_embeddings = False before saving",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .errors import MiniLoRAError
+from .errors import MiniLoRAError, quoted
 
 
 class InjectedModule(nn.Module):
@@ -73,6 +74,10 @@ class InjectedModule(nn.Module):
             if name != "base" and child is not None:
                 state |= child.state_dict(prefix=f"{name}.", keep_vars=True)
         return state
+
+    def base_weight(self) -> object:
+        """Return the `weight` of the base as it is without any injection, or None where it has none."""
+        return getattr(self.base, "weight", None)
 
     def merge_problem(self) -> str | None:
         """Return why this wrapper cannot be merged or fused, or None when it can."""
@@ -173,9 +178,13 @@ def require_injected(model: nn.Module) -> dict[str, list[InjectedModule]]:
 def require_unwrapped(model: nn.Module) -> None:
     """Raise where the model is inside DDP, FSDP or torch.compile, whose names and copies are not ours.
 
+    And where it has lazy modules without a shape yet, whose parameters cannot even be frozen.
+
     Raises:
-        MiniLoRAError: naming the wrapper and what to write instead.
+        MiniLoRAError: naming the wrapper, or the parameters, and what to write instead.
     """
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise MiniLoRAError(f"{quoted(lazy)} have no shape yet (lazy modules): call the model once first")
     fixes = {
         "DistributedDataParallel": "work on the model inside, `ddp.module`; wrap in DDP after injecting",
         "DataParallel": "work on the model inside, `parallel.module`; wrap after injecting",

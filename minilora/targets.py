@@ -43,7 +43,10 @@ def select(
     problems: list[str] = []
     matched: set[nn.Module] = set()
     for target in _as_list(targets):
-        if not isinstance(target, (str, re.Pattern)) and not callable(target):
+        # A type or a module is callable, but not as a predicate.
+        if isinstance(target, (type, nn.Module)) or not (
+            isinstance(target, (str, re.Pattern)) or callable(target)
+        ):
             problems.append(
                 f"{argument}: {target!r} is a {type(target).__name__}; give a module's name, a compiled "
                 "re.Pattern, or a callable (name, module) -> bool"

@@ -1,0 +1,106 @@
+"""What the tests look at: a picture of a whole model, its distance from the formula, and filled adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import minilora
+from minilora.module import injected_modules
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+class Is:
+    """Equal to another only if both hold the very same object."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Is) and self.value is other.value
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self.value).__name__} at {id(self.value):#x}>"
+
+
+def raw(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    """Return a tensor's bits, so that NaNs and signed zeros count."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.dtype, tuple(tensor.shape), content.numpy().tobytes()
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Return `state_dict` as bytes, in its order."""
+    return {
+        key: raw(value) if isinstance(value, Tensor) and not value.is_quantized else repr(value)
+        for key, value in model.state_dict().items()
+    }
+
+
+def picture(model: nn.Module) -> dict[str, Any]:
+    """Return everything about a model that a failed operation must leave alone, identities included."""
+    return {
+        "modules": [
+            (name, Is(module), module.training, list(module._forward_hooks), list(module._forward_pre_hooks))
+            for name, module in model.named_modules(remove_duplicate=False)
+        ],
+        "parameters": [
+            (name, Is(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)
+        ],
+        "state": state(model),
+    }
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Assert that what happens in the block leaves the model exactly as it was."""
+    before = picture(model)
+    yield
+    assert picture(model) == before
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill everything trained with random values, as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in minilora.adapter_state_dict(model).values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return model
+
+
+def reference(bare: nn.Module, injected: nn.Module) -> nn.Module:
+    """Return a plain copy of the bare model whose weights are W + scaling B A, reckoned in float64 here."""
+    plain = copy.deepcopy(bare)
+    for site, (layer,) in injected_modules(injected).items():
+        delta = layer.config.scaling * (layer.lora_B.detach().double() @ layer.lora_A.detach().double())
+        target = plain.get_submodule(site)
+        delta = delta.T if type(target).__name__ == "Conv1D" else delta
+        target.weight = nn.Parameter((target.weight.detach().double() + delta).to(target.weight.dtype))
+    return plain
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a share of the largest value."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(expected).all()
+    largest = expected.double().abs().max().clamp(min=1e-12)
+    return ((actual.double() - expected.double()).abs().max() / largest).item()
+
+
+def assert_equal_to_rounding(actual: Tensor, expected: Tensor) -> None:
+    """Assert that two results differ by no more than what the dtype's rounding explains."""
+    assert actual.dtype == expected.dtype
+    assert distance(actual, expected) < TOLERANCE[actual.dtype]
+
+
+def assert_far(actual: Tensor, expected: Tensor) -> None:
+    """Assert a difference that no rounding explains: what was injected has an effect."""
+    assert distance(actual, expected) > 0.1

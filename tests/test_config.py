@@ -1,0 +1,109 @@
+"""LoRAConfig and AdapterConfig: defaults, checks, and the way to JSON and back."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
+
+
+def test_lora_defaults():
+    config = LoRAConfig()
+    assert (config.r, config.alpha, config.dropout, config.rslora) == (8, 16, 0.0, False)
+    assert (config.init, config.dtype) == ("kaiming", None)
+
+
+@pytest.mark.parametrize(
+    ("config", "scaling"),
+    [
+        (LoRAConfig(r=4, alpha=16), 4.0),
+        (LoRAConfig(r=16, alpha=8), 0.5),
+        (LoRAConfig(r=16, alpha=8, rslora=True), 2.0),
+        (LoRAConfig(r=2, alpha=1, rslora=True), 1 / math.sqrt(2)),
+    ],
+)
+def test_scaling(config, scaling):
+    assert config.scaling == scaling
+
+
+def test_bottleneck_defaults_to_64_and_reduction_factor_replaces_it():
+    assert AdapterConfig().bottleneck == 64
+    assert AdapterConfig(reduction_factor=16).bottleneck is None
+
+
+@pytest.mark.parametrize("kind", [LoRAConfig, AdapterConfig])
+def test_frozen_and_keyword_only(kind):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        kind().dtype = torch.float16
+    with pytest.raises(TypeError):
+        kind(4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "says"),
+    [
+        (LoRAConfig, {"r": 0}, "r must be an int of at least 1, not 0"),
+        (LoRAConfig, {"r": -1}, "not -1"),
+        (LoRAConfig, {"r": 2.0}, "not 2.0"),
+        (LoRAConfig, {"r": True}, "not True"),
+        (LoRAConfig, {"alpha": 0}, "alpha must be a finite number above 0"),
+        (LoRAConfig, {"alpha": math.nan}, "not nan"),
+        (LoRAConfig, {"alpha": math.inf}, "not inf"),
+        (LoRAConfig, {"alpha": "16"}, "not '16'"),
+        (LoRAConfig, {"alpha": 10**400}, "alpha must be a finite number"),  # too large for a float
+        (LoRAConfig, {"dropout": 1.0}, r"dropout must be a number in \[0, 1\), not 1.0"),
+        (LoRAConfig, {"dropout": -0.1}, "not -0.1"),
+        (LoRAConfig, {"rslora": 1}, "rslora must be True or False, not 1"),
+        (LoRAConfig, {"init": "kaimin"}, "init must be one of 'kaiming', 'gaussian', not 'kaimin'"),
+        (LoRAConfig, {"dtype": torch.int8}, "dtype must be a floating-point torch.dtype or None"),
+        (AdapterConfig, {"dtype": "float32"}, "dtype must be a floating-point torch.dtype or None"),
+        (AdapterConfig, {"bottleneck": 0}, "bottleneck must be an int of at least 1, not 0"),
+        (
+            AdapterConfig,
+            {"bottleneck": 64, "reduction_factor": 2},
+            "bottleneck or reduction_factor, not both",
+        ),
+        (AdapterConfig, {"reduction_factor": 0}, "reduction_factor must be a finite number above 0"),
+        (AdapterConfig, {"activation": "swish"}, "activation must be one of 'gelu', 'relu', 'silu', 'tanh'"),
+        (AdapterConfig, {"placement": "behind"}, "placement must be one of 'sequential', 'parallel'"),
+        (AdapterConfig, {"scale": math.nan}, "scale must be a finite number"),
+        (AdapterConfig, {"hidden_size": 0}, "hidden_size must be an int of at least 1"),
+    ],
+)
+def test_bad_values_are_named(kind, fields, says):
+    with pytest.raises(MiniLoRAError, match=says):
+        kind(**fields)
+
+
+def test_all_problems_come_at_once():
+    with pytest.raises(MiniLoRAError, match="3 problems; no LoRAConfig was made") as caught:
+        LoRAConfig(r=0, alpha=-1, dropout=2)
+    assert all(field in str(caught.value) for field in ("r must", "alpha must", "dropout must"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(),
+        LoRAConfig(r=3, alpha=0.5, dropout=0.1, rslora=True, init="gaussian", dtype=torch.bfloat16),
+        AdapterConfig(),
+        AdapterConfig(
+            reduction_factor=2.5, activation="relu", placement="parallel", scale=4.0, hidden_size=9
+        ),
+    ],
+)
+def test_to_json_and_back(config):
+    fields = config.to_dict()
+    assert set(fields) == {field.name for field in dataclasses.fields(config)}
+    assert type(config).from_dict(json.loads(json.dumps(fields))) == config
+
+
+def test_from_dict_refuses_unknown_fields_and_dtypes():
+    with pytest.raises(MiniLoRAError, match="no field 'rank', 'scale'; its fields are alpha, dropout"):
+        LoRAConfig.from_dict({"r": 4, "rank": 4, "scale": 1})
+    for name in ("no_such", "nn", "int8"):
+        with pytest.raises(MiniLoRAError, match="dtype must be a floating-point"):
+            LoRAConfig.from_dict({"dtype": name})

@@ -1,0 +1,141 @@
+"""TrainableHead: a copy is trained, the original stays as it was."""
+
+import re
+
+import pytest
+import torch
+from checks import picture, randomise, raw, state, unchanged
+from models import MLP, Tied
+from torch import nn
+
+import minilora
+from minilora import TargetError, TrainableHead
+
+
+class Classifier(nn.Module):
+    """A body, and a head with buffers, dropout and several layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(16, 16)
+        self.head = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)))
+
+
+def step(model):
+    optimizer = torch.optim.SGD(minilora.trainable_parameters(model), lr=0.5)
+    model.train()(torch.randn(8, 16)).square().sum().backward()
+    optimizer.step()
+    return model.eval()
+
+
+def test_copy_is_trained_and_the_original_is_not():
+    model = minilora.inject(Classifier(), "body", trainable="head")
+    head = model.head
+    before = state(head.base)
+    assert state(head.trained) == before
+    step(model)
+    assert state(head.base) == before
+    changed = {key for key, value in state(head.trained).items() if value != before[key]}
+    assert changed == set(before)  # the running statistics, too
+    assert not any(p.requires_grad for p in head.base.parameters())
+
+
+def test_forward_is_the_copys_or_in_disabled_the_originals():
+    model = step(minilora.inject(Classifier(), "body", trainable=["head"]))
+    x = torch.randn(4, 16)
+    assert torch.equal(model.head(x), model.head.trained(x))
+    with minilora.disabled(model):
+        assert torch.equal(model.head(x), model.head.base(x))
+    assert not torch.equal(model.head.trained(x), model.head.base(x))
+
+
+def test_attributes_are_those_of_the_copy():
+    model = step(minilora.inject(MLP(), "up", trainable="classifier"))
+    assert model.classifier.weight is model.classifier.trained.weight
+    with minilora.disabled(model):
+        assert model.classifier.weight is model.classifier.base.weight
+
+
+def test_eject_gives_the_original_back_and_fuse_leaves_the_copy():
+    model = Classifier()
+    before = picture(model)
+    minilora.inject(model, "body", trainable="head")
+    step(model)
+    minilora.eject(model)
+    model.train().requires_grad_(True)
+    assert picture(model) == before
+
+    minilora.inject(model, "body", trainable="head")
+    trained = step(model).head.trained
+    x = torch.randn(4, 16)
+    expected = model(x)
+    minilora.fuse(model)
+    assert model.head is trained
+    assert list(model.state_dict()) == list(before["state"])
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_trained_parameters_that_were_frozen_are_thawed_in_the_copy():
+    model = MLP().requires_grad_(False)
+    minilora.inject(model, "up", trainable="classifier")
+    assert all(p.requires_grad for p in model.classifier.trained.parameters())
+
+
+def test_saved_under_its_own_names():
+    model = minilora.inject(Classifier(), "body", trainable="head")
+    saved = minilora.adapter_state_dict(model)
+    own = [f"head.{key}" for key in Classifier().head.state_dict()]
+    assert [key for key in saved if key.startswith("head")] == own
+    assert raw(saved["head.0.weight"]) == raw(model.head.trained[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("targets", "trainable", "says"),
+    [
+        ("body", "head.2", "without floating-point parameters"),
+        ("head.0", "head", r"injected site or another trainable module \('head.0'\)"),
+        ("body", "body", r"another trainable module \('body'\)"),
+        ("body", ["head", "head.0"], r"another trainable module \('head.0'\)"),
+        ("body", re.compile(r"head(\.[03])?"), r"another trainable module \('head'\)"),
+        ("body", "heda", r"trainable: 'heda' matches no module; nearest: 'head' \(x1\)"),
+    ],
+)
+def test_what_cannot_be_trained_in_full(targets, trainable, says):
+    model = Classifier()
+    with unchanged(model), pytest.raises(TargetError, match=says):
+        minilora.inject(model, targets, trainable=trainable)
+
+
+def test_tied_head_is_refused_with_the_tie_and_the_fix():
+    model = Tied()
+    with (
+        unchanged(model),
+        pytest.raises(TargetError, match=r"tied to 'embedding.weight'.*target for LoRA instead"),
+    ):
+        minilora.inject(model, "body", trainable="head")
+
+
+def test_injecting_into_what_is_trained_in_full_is_refused():
+    model = minilora.inject(Classifier(), "body", trainable="head")
+    for targets, trainable in (("head.0", ()), ("head", ()), (lambda name, module: name == "head.3", ())):
+        with unchanged(model), pytest.raises(TargetError, match="lies in 'head', which is trained in full"):
+            minilora.inject(model, targets, minilora.LoRAConfig(r=2), trainable=trainable)
+    other = minilora.inject(Classifier(), "head.0", trainable=())
+    with unchanged(other), pytest.raises(TargetError, match="trainable names what is, contains"):
+        minilora.inject(other, "body", trainable="head")
+
+
+def test_shared_head_is_one():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    model["same"] = model["head"]
+    minilora.inject(model, "body", minilora.LoRAConfig(r=2), trainable=["head", "same"])
+    assert isinstance(model["head"], TrainableHead)
+    assert model["same"] is model["head"]
+    assert list(minilora.adapter_state_dict(randomise(model)))[-2:] == ["head.weight", "head.bias"]
+
+
+def test_description():
+    assert TrainableHead(nn.Linear(2, 2)).description() == "trained in full (Linear)"

@@ -1,0 +1,394 @@
+"""inject and eject: an identity, all or nothing, and the very same model back."""
+
+import copy
+import random
+
+import pytest
+import torch
+from checks import (
+    assert_equal_to_rounding,
+    assert_far,
+    picture,
+    randomise,
+    raw,
+    reference,
+    state,
+    unchanged,
+)
+from models import CASES, MLP, Attention, Shared, Tied, in_dtypes, on_adapter_sites, on_grid
+from torch import nn
+
+import minilora
+from minilora import AdapterConfig, LoRAConfig, TargetError
+from minilora.module import injected_modules
+
+
+def adapter_targets(case):
+    """Return where a bottleneck adapter can stand: anywhere but on the out_proj of nn.MultiheadAttention."""
+    return [target for target in case.targets if target != "out_proj"]
+
+
+def inject_adapters(case, model, **options):
+    config = AdapterConfig(bottleneck=4, **options)
+    return minilora.inject(model, adapter_targets(case), config, trainable=())
+
+
+@on_grid
+@in_dtypes
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_injection_is_a_bit_exact_identity(case, dtype, mode):
+    model = getattr(case.build(dtype), mode)()
+    expected = case.run(model)
+    minilora.inject(model, case.targets, trainable=())
+    assert raw(case.run(model)) == raw(expected)
+    assert all(module.training is (mode == "train") for module in model.modules())
+
+
+@on_adapter_sites
+@in_dtypes
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+def test_adapter_injection_is_a_bit_exact_identity(case, dtype, placement):
+    model = case.build(dtype)
+    expected = case.run(
+        model.train()
+    )  # in eval the fused path of nn.TransformerEncoderLayer rounds otherwise
+    inject_adapters(case, model, placement=placement)
+    assert torch.equal(case.run(model), expected)
+
+
+@on_grid
+@in_dtypes
+def test_outputs_are_those_of_the_formula(case, dtype):
+    bare = case.build(dtype)
+    model = randomise(minilora.inject(copy.deepcopy(bare), case.targets, trainable=()))
+    expected = case.run(reference(bare, model))
+    assert_far(expected, case.run(bare))
+    assert_equal_to_rounding(case.run(model), expected)
+
+
+@on_grid
+def test_outputs_are_those_of_the_formula_under_autocast(case):
+    bare = case.build()
+    model = randomise(minilora.inject(copy.deepcopy(bare), case.targets, trainable=()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = case.run(model)
+        expected = case.run(reference(bare, model))
+    assert_equal_to_rounding(actual.bfloat16(), expected.bfloat16())
+
+
+def train_a_step(case, model):
+    before = picture(model)
+    optimizer = torch.optim.AdamW(minilora.trainable_parameters(model), lr=0.1)
+    for _ in range(2):  # B is zero at first, so that A moves at the second step only
+        case.call(model.train()).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return {name for name, content in picture(model)["state"].items() if content != before["state"][name]}
+
+
+@on_grid
+@in_dtypes
+def test_a_step_changes_the_update_and_not_one_byte_of_the_base(case, dtype):
+    model = case.build(dtype)
+    bare = state(model)
+    minilora.inject(model, case.targets, trainable=())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name in dict(model.named_parameters()) if "lora_" in name
+    }
+    changed = train_a_step(case, model)
+    saved = set(minilora.adapter_state_dict(model))
+    assert saved <= changed
+    assert {name for name in changed if "lora_" not in name} == set()
+    minilora.eject(model)
+    assert state(model) == bare
+
+
+@on_adapter_sites
+def test_a_step_of_an_adapter_leaves_the_base(case):
+    model = inject_adapters(case, case.build())
+    changed = train_a_step(case, model)
+    assert changed
+    assert all(".adapter_" in name for name in changed)
+
+
+@on_grid
+@in_dtypes
+def test_eject_gives_the_very_same_model_back(case, dtype):
+    model = case.build(dtype)
+    hook = model.get_submodule(list(dict(model.named_modules()))[-1]).register_forward_hook(lambda *_: None)
+    before = picture(model)
+    minilora.inject(model, case.targets, trainable=())
+    if case.targets[-1] != "out_proj":
+        minilora.inject(model, case.targets[-1], AdapterConfig(bottleneck=2), trainable=())
+    randomise(model)
+    if dtype == torch.bfloat16:
+        minilora.merge(model, skip_adapters=True)
+    minilora.eject(model)
+    model.requires_grad_(True)
+    assert picture(model) == before
+    hook.remove()
+
+
+def test_eject_leaves_the_base_frozen():
+    model = minilora.eject(minilora.inject(MLP(), "up"))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_eject_inside_disabled_is_refused():
+    model = minilora.merge(randomise(minilora.inject(MLP(), "up")))
+    with (
+        minilora.disabled(model),
+        unchanged(model),
+        pytest.raises(minilora.MiniLoRAError, match="leave its block"),
+    ):
+        minilora.eject(model)
+    assert model.up.merged
+
+
+def test_returns_the_model_itself():
+    model = MLP()
+    assert minilora.inject(model, "up") is model
+    assert minilora.eject(model) is model
+
+
+def test_shared_module_is_injected_once_and_everywhere():
+    model = Shared()
+    layer = model.first
+    minilora.inject(model, "again")
+    assert model.first is model.again is model.stack[1]
+    assert model.first.base is layer
+    assert list(minilora.adapter_state_dict(model)) == ["first.lora_A", "first.lora_B"]
+    minilora.eject(model)
+    assert model.first is model.again is model.stack[1] is layer
+
+
+def test_tied_weight_stays_tied():
+    model = Tied()
+    minilora.inject(model, "head")
+    assert model.head.base.weight is model.embedding.weight
+    minilora.eject(model)
+    assert model.head.weight is model.embedding.weight
+
+
+BAD = {
+    "typo among good targets": ({"targets": ["up", "dwon"]}, "'dwon' matches no module; nearest: 'down'"),
+    "no match": ({"targets": "nothing"}, "'nothing' matches no module"),
+    "no targets": ({"targets": []}, "targets: none given"),
+    "unsupported site": ({"targets": ["up", "act"]}, "'act': Tanh is not a linear layer"),
+    "rank above the smaller side": (
+        {"targets": ["up", "classifier"], "config": LoRAConfig(r=4)},
+        r"'classifier': r = 4 exceeds the smaller side of a layer of \(3, 16\)",
+    ),
+    "width unknown": (
+        {"targets": ["up", "act"], "config": AdapterConfig()},
+        r"'act': the output width of Tanh .*hidden_size=",
+    ),
+    "trained and adapted": (
+        {"targets": ["up"], "trainable": "up"},
+        r"'up': trainable names what is.*choose one of the two",
+    ),
+    "typo in trainable": (
+        {"targets": ["up"], "trainable": "clasifier"},
+        "trainable: 'clasifier' matches no module; nearest: 'classifier'",
+    ),
+    "typo in exclude": (
+        {"targets": ["up"], "exclude": "dwon"},
+        "exclude: 'dwon' matches no module; nearest: 'down'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("injected", [False, True])
+def test_bad_input_leaves_the_model_as_it_was(arguments, says, injected):
+    model = MLP()
+    model.act = nn.Tanh()
+    if injected:
+        randomise(minilora.inject(model, "down"))
+    with unchanged(model), pytest.raises(TargetError, match=says):
+        minilora.inject(model, **arguments)
+
+
+@pytest.mark.parametrize("config", [LoRAConfig(r=2), AdapterConfig(bottleneck=2)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_double_injection_is_refused(config, nested):
+    model = minilora.inject(MLP(), "up", config)
+    if nested:
+        minilora.inject(model, "up", {LoRAConfig: AdapterConfig(), AdapterConfig: LoRAConfig()}[type(config)])
+    randomise(model)
+    for again in (config, type(config)()):
+        says = r"'up': carries (LoRA r=2|adapter m=2).* already; leave it out with exclude=\.\.\., or .*eject"
+        with unchanged(model), pytest.raises(TargetError, match=says):
+            minilora.inject(model, ["up", "down"], again)
+
+
+def test_config_of_another_type_is_refused():
+    model = MLP()
+    for config in ({"r": 4}, LoRAConfig, None):
+        with unchanged(model), pytest.raises(TypeError, match="must be a LoRAConfig or an AdapterConfig"):
+            minilora.inject(model, "up", config)
+
+
+def test_config_of_a_subclass_is_its_kind():
+    kind = type("MyConfig", (LoRAConfig,), {})
+    assert isinstance(minilora.inject(MLP(), "up", kind(r=2)).up, minilora.LoRALinear)
+
+
+def test_failure_while_building_changes_nothing(monkeypatch):
+    model = MLP()
+    real, calls = minilora.LoRALinear.reset_parameters, []
+
+    def out_of_memory(self, site=""):
+        calls.append(site)
+        if len(calls) == 2:
+            raise MemoryError
+        real(self, site)
+
+    monkeypatch.setattr(minilora.LoRALinear, "reset_parameters", out_of_memory)
+    with unchanged(model), pytest.raises(MemoryError):
+        minilora.inject(model, ["up", "down"])
+
+
+@pytest.mark.parametrize("first", ["lora", "adapter"])
+def test_both_kinds_on_one_site_whatever_the_order(first):
+    configs = [LoRAConfig(r=2), AdapterConfig(bottleneck=2)]
+    model, x = MLP(), torch.randn(2, 16)
+    expected = model(x)
+    for config in configs if first == "lora" else reversed(configs):
+        minilora.inject(model, "up", config)
+    assert [wrapper.kind for wrapper in injected_modules(model)["up"]] == ["adapter", "lora"]
+    assert torch.equal(model(x), expected)
+
+
+def test_nested_sites():
+    """An adapter around a block, LoRA on a layer inside it, and the other way round."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    before, x = picture(model), torch.randn(3, 4)
+    expected = model(x)
+    minilora.inject(model, ["0", "0.0"], AdapterConfig(bottleneck=2))
+    minilora.inject(model, "0.0", LoRAConfig(r=2))
+    assert {site: [w.kind for w in found] for site, found in injected_modules(model).items()} == {
+        "0": ["adapter"],
+        "0.0": ["adapter", "lora"],
+    }
+    assert torch.equal(model(x), expected)
+    randomise(model)
+    assert not torch.equal(model(x), expected)
+    minilora.eject(model).requires_grad_(True)
+    assert picture(model) == before
+
+
+def test_second_injection_leaves_the_first_trainable_and_as_it_is():
+    model = randomise(minilora.inject(MLP(), "up", trainable="classifier"))
+    first = {key: raw(tensor) for key, tensor in minilora.adapter_state_dict(model).items()}
+    minilora.inject(model, "down", LoRAConfig(r=2))
+    assert {
+        key: raw(tensor) for key, tensor in minilora.adapter_state_dict(model).items()
+    }.items() >= first.items()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        *(f"{site}.lora_{half}" for site in ("up", "down") for half in "AB"),
+        "classifier.trained.weight",
+        "classifier.trained.bias",
+    }
+
+
+def test_root_module_is_no_site():
+    model = nn.Linear(4, 4)
+    for targets in ("all-linear", "", lambda name, module: True):
+        with unchanged(model), pytest.raises(TargetError, match="matches no module"):
+            minilora.inject(model, targets)
+
+
+def initial(order, seed=0):
+    model = MLP()
+    torch.manual_seed(seed)
+    for names in order:
+        minilora.inject(model, names, LoRAConfig(r=2))
+    minilora.inject(model, "classifier", AdapterConfig(bottleneck=2))
+    return {key: raw(tensor) for key, tensor in minilora.adapter_state_dict(model).items()}
+
+
+def test_initial_values_follow_from_the_seed_and_the_name_alone():
+    first = initial([["up", "down"]])
+    assert initial([["down"], ["up"]]) == first
+    torch.randn(7)  # whatever was drawn before
+    assert initial([["up", "down"]]) == first
+    other = initial([["up", "down"]], seed=1)
+    drawn = [key for key in first if key.endswith(("lora_A", "adapter_down.weight"))]
+    assert len(drawn) == 3
+    assert all(other[key] != first[key] for key in drawn)
+
+
+def test_equal_layers_start_from_different_values():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    minilora.inject(model, "all-linear", LoRAConfig(r=2))
+    minilora.inject(model, ["0", "1"], AdapterConfig(bottleneck=2))
+    assert raw(model[0].base.lora_A) != raw(model[1].base.lora_A)
+    assert raw(model[0].adapter_down.weight) != raw(model[1].adapter_down.weight)
+
+
+def test_random_state_is_left_alone():
+    model = MLP()
+    before = torch.get_rng_state(), random.getstate()
+    minilora.inject(model, "up", trainable="classifier")
+    minilora.inject(model, "up", AdapterConfig())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_initial_values_are_the_same_in_every_dtype():
+    full = minilora.inject(MLP(), "up").up.lora_A
+    half = minilora.inject(MLP().bfloat16(), "up", LoRAConfig(dtype=torch.bfloat16)).up.lora_A
+    assert torch.equal(half, full.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_frozen_head_warns_and_says_how_to_change_it(name):
+    model = CASES[name].build()
+    says = r"'classifier' of this \w+ stays frozen.*pass trainable=\['classifier'\]; if frozen is meant.*\(\)"
+    with pytest.warns(UserWarning, match=says) as caught:
+        minilora.inject(model, CASES[name].targets)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "llama", "mlp", "encoder"])
+def test_no_head_no_warning(name):
+    minilora.inject(CASES[name].build(), CASES[name].targets)  # a warning is an error here
+
+
+@pytest.mark.parametrize("trainable", [(), "classifier"])
+def test_told_what_to_do_with_the_head_nothing_warns(trainable):
+    minilora.inject(CASES["bert"].build(), "query", trainable=trainable)
+
+
+def test_adapted_head_does_not_warn():
+    model = minilora.inject(CASES["bert"].build(), ["query", "classifier"], LoRAConfig(r=2))
+    minilora.inject(model, "key", LoRAConfig(r=2))
+
+
+def test_a_warning_turned_into_an_error_leaves_the_model_as_it_was():
+    model = CASES["bert"].build()
+    with unchanged(model), pytest.raises(UserWarning):
+        minilora.inject(model, "query")
+
+
+def test_tie_weights_after_injection_does_not_lose_an_update():
+    model = CASES["gpt2"].build()
+    minilora.inject(model, ["c_attn", "lm_head"])
+    head = model.lm_head
+    try:
+        model.tie_weights()
+    except (KeyError, AttributeError):
+        return  # loud is as good
+    assert model.lm_head is head
+    assert head.base.weight is model.transformer.wte.weight
+
+
+def test_attention_keeps_its_own_output():
+    model = Attention().eval()
+    x = torch.randn(2, 3, 16)
+    expected = model(x)
+    minilora.inject(model, "all-linear")
+    assert torch.equal(model(x), expected)

@@ -1,0 +1,373 @@
+"""merge, unmerge, fuse: one effective weight, swapped in and out and never written into the base."""
+
+import copy
+
+import pytest
+import torch
+from checks import (
+    Is,
+    assert_equal_to_rounding,
+    assert_far,
+    picture,
+    randomise,
+    raw,
+    reference,
+    state,
+    unchanged,
+)
+from models import CASES, MLP, Shared, Tied, in_dtypes, on_grid
+from torch import nn
+
+import minilora
+from minilora import AdapterConfig, LoRAConfig, LoRALinear, MergeError, MiniLoRAError
+
+
+def trained(case, dtype=torch.float32):
+    return randomise(minilora.inject(case.build(dtype), case.targets, trainable=()))
+
+
+@on_grid
+@in_dtypes
+def test_merged_is_unmerged_to_rounding(case, dtype):
+    model = trained(case, dtype)
+    base, unmerged = case.run(case.build(dtype)), case.run(model)
+    minilora.merge(model)
+    assert_equal_to_rounding(case.run(model), unmerged)
+    assert_far(case.run(model), base)
+
+
+@on_grid
+@in_dtypes
+def test_merge_swaps_in_the_effective_weight_and_touches_nothing_else(case, dtype):
+    model = trained(case, dtype)
+    before, bare = picture(model), case.build(dtype)
+    expected = reference(bare, model)
+    minilora.merge(model)
+    sites = {site: layer for site, (layer,) in minilora.module.injected_modules(model).items()}
+    for site, layer in sites.items():
+        assert layer.merged
+        assert_equal_to_rounding(layer.base.weight, expected.get_submodule(site).weight)
+        assert layer.base.weight.requires_grad is False
+    assert picture(model)["modules"] == before["modules"]
+    assert state(model) == before["state"]  # what is stored is the original, merged or not
+
+
+@on_grid
+@in_dtypes
+def test_unmerge_gives_the_same_objects_and_bits_back_after_100_rounds(case, dtype):
+    model = trained(case, dtype)
+    with unchanged(model):
+        for _ in range(100 if case.name in ("mlp", "tied", "bert") else 2):
+            minilora.merge(model)
+            minilora.unmerge(model)
+
+
+def test_merging_twice_is_merging_once_and_unmerging_an_unmerged_model_is_nothing():
+    model = trained(CASES["mlp"], torch.bfloat16)
+    with unchanged(model):
+        assert minilora.unmerge(model) is model
+        assert minilora.merge(model) is model
+        with unchanged(model):
+            minilora.merge(model)
+        minilora.unmerge(model)
+
+
+def test_merge_after_more_training_takes_the_new_values():
+    model = trained(CASES["mlp"])
+    minilora.merge(model)
+    once = raw(model.up.base.weight)
+    minilora.unmerge(model)
+    randomise(model, seed=1)
+    minilora.merge(model)
+    assert raw(model.up.base.weight) != once
+
+
+def test_part_merged_is_completed():
+    model = trained(CASES["mlp"])
+    with unchanged(model):
+        model.up.merge()
+        minilora.merge(model)
+        assert model.down.merged
+        minilora.unmerge(model)
+
+
+def test_merging_a_tied_head_leaves_the_embedding():
+    model = randomise(minilora.inject(Tied(), "head"))
+    weight, before = model.embedding.weight, raw(model.embedding.weight)
+    minilora.merge(model)
+    assert model.embedding.weight is weight
+    assert raw(weight) == before
+    assert model.head.base.weight is not weight
+    minilora.unmerge(model)
+    assert model.head.base.weight is weight
+
+
+def test_two_layers_with_one_weight():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = weight = model[0].weight
+    randomise(minilora.inject(model, ["0", "1"], LoRAConfig(r=2)))
+    with unchanged(model):
+        minilora.merge(model)
+        assert raw(model[0].base.weight) != raw(model[1].base.weight)
+        minilora.unmerge(model)
+    assert model[0].base.weight is model[1].base.weight is weight
+
+
+def test_merging_a_shared_layer():
+    model = randomise(minilora.inject(Shared(), "first"))
+    minilora.merge(model)
+    assert model.stack[1].merged
+
+
+def test_a_failure_in_the_middle_leaves_nothing_merged(monkeypatch):
+    model = trained(CASES["mlp"])
+    real = LoRALinear.effective_weight
+
+    def out_of_memory(self, dtype=None):
+        if self is model.down:
+            raise MemoryError
+        return real(self, dtype)
+
+    monkeypatch.setattr(LoRALinear, "effective_weight", out_of_memory)
+    with unchanged(model), pytest.raises(MemoryError):
+        minilora.merge(model)
+
+
+@pytest.mark.parametrize("action", [minilora.merge, minilora.fuse])
+def test_adapters_are_named_and_refused_unless_skipped(action):
+    model = randomise(minilora.inject(MLP(), ["up", "down"]))
+    minilora.inject(model, "down", AdapterConfig(bottleneck=2))
+    randomise(model)
+    expected = model(x := torch.randn(3, 16))
+    with (
+        unchanged(model),
+        pytest.raises(MergeError, match=r"'down': a bottleneck adapter.*skip_adapters=True"),
+    ):
+        action(model)
+    action(model, skip_adapters=True)
+    assert isinstance(model.down, minilora.Adapter)
+    assert_equal_to_rounding(model(x), expected)
+    assert getattr(model.down.base, "merged", action is minilora.fuse)
+
+
+@pytest.mark.parametrize("action", [minilora.merge, minilora.fuse])
+def test_inside_disabled_is_refused(action):
+    model = trained(CASES["mlp"])
+    with (
+        minilora.disabled(model),
+        unchanged(model),
+        pytest.raises(MiniLoRAError, match="leave its block first"),
+    ):
+        action(model)
+
+
+def parametrised() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+
+
+def with_buffer() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    weight = layer.weight.data
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    return layer
+
+
+@pytest.mark.parametrize("make", [parametrised, with_buffer])
+def test_a_weight_that_nothing_can_take_the_place_of(make):
+    """Assigning to it would write into the parameters behind it, or could not be taken back."""
+    model = nn.Sequential(make(), nn.Linear(16, 16))
+    x = torch.randn(40, 16)
+    plain = model(x)
+    randomise(minilora.inject(model, "all-linear"))
+    before = model(x)
+    assert_far(before, plain)
+    for action in (minilora.merge, minilora.fuse):
+        with (
+            unchanged(model),
+            pytest.raises(MergeError, match=r"'0': the weight of .* nothing can take its place"),
+        ):
+            action(model)
+    outside = nn.functional.linear(x, model[0].weight, model[0].bias)
+    assert_equal_to_rounding(outside, model[0](x))
+    minilora.eject(model)
+    assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["mlp", "tied", "gpt2"])
+def test_casting_while_merged_casts_the_original_too(name, to):
+    case = CASES[name]
+    model = trained(case).to(to)
+    merged = minilora.merge(trained(case))
+    weights = {key: Is(p) for key, p in minilora.unmerge(trained(case)).named_parameters()}
+    merged.to(to)
+    minilora.unmerge(merged)
+    assert state(merged) == state(model)
+    assert len(dict(merged.named_parameters())) == len(weights)  # what was tied is tied
+
+
+def test_the_original_stays_the_same_object_through_a_cast():
+    model = Tied()
+    weight = model.embedding.weight
+    minilora.merge(randomise(minilora.inject(model, "head"))).double().half()
+    minilora.unmerge(model)
+    assert model.head.base.weight is model.embedding.weight is weight
+
+
+def test_to_the_meta_device_and_back_while_merged():
+    model = minilora.merge(trained(CASES["mlp"]))
+    model.to("meta").to_empty(device="cpu")
+    minilora.unmerge(model)
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+def test_loading_a_state_while_merged_is_refused():
+    model = minilora.merge(trained(CASES["mlp"]))
+    merged = raw(model.up.base.weight)
+    for checkpoint in (MLP().state_dict(), trained(CASES["mlp"]).state_dict()):
+        with pytest.raises(RuntimeError, match=r"'up' is merged: call minilora\.unmerge\(model\), then load"):
+            model.load_state_dict(checkpoint)
+        assert raw(model.up.base.weight) == merged
+    before = state(minilora.unmerge(model))["up.base.weight"]
+    assert before == raw(CASES["mlp"].build().up.weight)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: __import__("pickle").loads(__import__("pickle").dumps(m))]
+)
+def test_a_copy_of_a_merged_model_is_merged_and_unmerges_on_its_own(clone):
+    model = minilora.merge(trained(CASES["tied"]))
+    twin = clone(model)
+    assert twin.head.merged
+    assert raw(CASES["tied"].run(twin)) == raw(CASES["tied"].run(model))
+    minilora.unmerge(twin)
+    assert twin.head.base.weight is twin.embedding.weight
+    assert model.head.merged
+    assert state(twin) == state(model)
+
+
+unties = pytest.mark.filterwarnings("ignore:.* was tied to another weight:UserWarning")
+
+
+@unties
+@on_grid
+@in_dtypes
+def test_fuse_restores_the_bare_model_with_the_update_in_its_weights(case, dtype):
+    model = trained(case, dtype)
+    expected, bare = case.run(model), case.build(dtype)
+    plain = reference(bare, model)
+    assert minilora.fuse(model) is model
+    assert list(model.state_dict()) == list(bare.state_dict())
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in bare.named_modules()]
+    for name, value in model.state_dict().items():
+        assert_equal_to_rounding(value, plain.state_dict()[name])
+    assert_equal_to_rounding(case.run(model), expected)
+    with pytest.raises(MiniLoRAError, match="carries no injection"):
+        minilora.fuse(model)
+
+
+@unties
+@on_grid
+def test_fused_is_merged_to_the_bit(case):
+    merged, fused, from_merged = (trained(case) for _ in range(3))
+    minilora.merge(merged)
+    minilora.fuse(fused)
+    minilora.fuse(minilora.merge(from_merged))
+    expected = raw(case.run(merged))
+    assert raw(case.run(fused)) == expected
+    assert raw(case.run(from_merged)) == expected
+    assert not any(isinstance(m, minilora.InjectedModule) for m in from_merged.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fuse_rounds_once(dtype):
+    model = randomise(minilora.inject(MLP(), ["up", "down"], trainable="classifier"))
+    exact = {name: getattr(model, name).weight.detach().clone() for name in ("up", "down", "classifier")}
+    model.register_buffer("table", torch.rand(4))
+    model.register_buffer("precise", torch.rand(4), persistent=False)
+    model.register_buffer("count", torch.arange(4))
+    minilora.fuse(model, dtype=dtype)
+    for name, weight in exact.items():
+        assert raw(getattr(model, name).weight) == raw(weight.to(dtype))
+    assert {p.dtype for p in model.parameters()} == {model.table.dtype} == {dtype}
+    assert (model.precise.dtype, model.count.dtype) == (torch.float32, torch.int64)
+
+
+def test_fuse_keeps_precision_that_merging_in_16_bits_would_lose():
+    """From a bfloat16 base to float32: the update is not rounded to bfloat16 on the way."""
+    model = trained(CASES["mlp"], torch.bfloat16)
+    layer = model.up
+    exact = layer.base.weight.float() + layer.scaling * (layer.lora_B @ layer.lora_A)
+    minilora.fuse(model, dtype=torch.float32)
+    torch.testing.assert_close(model.up.weight, exact)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_fuse_with_a_tied_head_unties_it_says_so_and_leaves_the_embedding(merged):
+    for dtype in (None, torch.bfloat16):
+        model = randomise(minilora.inject(Tied(), ["head", "body"]))
+        weight = model.embedding.weight
+        before = raw(weight if dtype is None else weight.to(dtype))
+        if merged:
+            minilora.merge(model)
+        with pytest.warns(
+            UserWarning, match=r"'head.weight' was tied.*tie_word_embeddings = False"
+        ) as caught:
+            minilora.fuse(model, dtype=dtype)
+        assert [w.filename for w in caught] == [__file__]
+        assert model.embedding.weight is weight
+        assert raw(weight) == before
+        assert model.head.weight is not weight
+
+
+def test_fuse_that_does_not_touch_the_tie_keeps_it():
+    model = minilora.fuse(randomise(minilora.inject(Tied(), "body")), dtype=torch.bfloat16)
+    assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_fuse_that_runs_out_of_memory_leaves_a_model_that_computes_the_same(monkeypatch, when):
+    model = trained(CASES["mlp"])
+    expected, stuck = CASES["mlp"].run(model), [model.up, model.down][when]
+    real = LoRALinear.effective_weight
+
+    def out_of_memory(self, dtype=None):
+        if self is stuck:
+            raise MemoryError
+        return real(self, dtype)
+
+    monkeypatch.setattr(LoRALinear, "effective_weight", out_of_memory)
+    with pytest.raises(MemoryError):
+        minilora.fuse(model)
+    monkeypatch.undo()
+    assert stuck in set(model.modules())
+    assert_equal_to_rounding(CASES["mlp"].run(model), expected)
+    minilora.fuse(model)
+    assert_equal_to_rounding(CASES["mlp"].run(model), expected)
+
+
+def test_fuse_refuses_integers():
+    model = trained(CASES["mlp"])
+    with unchanged(model), pytest.raises(MiniLoRAError, match=r"floating-point dtypes, not to torch\.int8"):
+        minilora.fuse(model, dtype=torch.int8)
+
+
+def test_fuse_keeps_hooks_and_the_very_modules():
+    model = MLP()
+    layer, calls = model.up, []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    minilora.fuse(minilora.inject(model, "up"))
+    assert model.up is layer
+    model(torch.randn(2, 16))
+    assert calls == [1]
+
+
+def test_fuse_nested_adapter_around_a_block():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    minilora.inject(model, "0", AdapterConfig(bottleneck=2))
+    minilora.inject(model, "all-linear", LoRAConfig(r=2))
+    expected = randomise(model)(x := torch.randn(3, 4))
+    minilora.fuse(model, skip_adapters=True)
+    assert_equal_to_rounding(model(x), expected)
+    assert [type(m).__name__ for m in model] == ["Adapter", "Linear"]

@@ -1,0 +1,189 @@
+"""InjectedModule: attributes, names of sites, replacement, wrapped models, checkpoints of the bare model."""
+
+import pytest
+import torch
+from checks import assert_equal_to_rounding, picture, randomise, raw, state, unchanged
+from models import MLP, Shared, on_grid
+from torch import nn
+
+import minilora
+from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
+from minilora.module import InjectedModule, generator_for, injected_modules, named_sites, replace_modules
+
+
+class Counting(nn.Linear):
+    """A linear layer with an attribute, a method and a private name of its own."""
+
+    num_heads = 3
+    _secret = "mine"
+
+    def describe(self) -> str:
+        return "counting"
+
+
+def test_public_attributes_are_looked_up_on_the_base():
+    model = minilora.inject(nn.Sequential(Counting(4, 4)), "0", LoRAConfig(r=2))
+    minilora.inject(model, "0", AdapterConfig(bottleneck=2))
+    assert (model[0].num_heads, model[0].describe(), model[0].in_features) == (3, "counting", 4)
+    for absent in ("_secret", "no_such"):
+        with pytest.raises(AttributeError, match=absent):
+            getattr(model[0], absent)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wrapper_is_in_the_mode_of_its_base(training):
+    model = MLP().train(not training)
+    model.up.train(training)
+    minilora.inject(model, "up", trainable=["classifier"])
+    assert model.up.training is model.up.base.training is training
+    assert model.classifier.training is model.classifier.trained.training is not training
+
+
+def test_names_of_sites_are_those_of_the_bare_model():
+    model = nn.ModuleDict({"block": MLP(), "head": nn.Linear(16, 16)})
+    names = [name for name, _ in named_sites(model)]
+    minilora.inject(model, ["block.up", "head"], trainable=["block.classifier"])
+    minilora.inject(model, ["block", "head"], AdapterConfig(bottleneck=2, hidden_size=3))
+    assert [name for name, _ in named_sites(model)] == names
+    assert {name: [w.kind for w in found] for name, found in injected_modules(model).items()} == {
+        "block": ["adapter"],
+        "block.up": ["lora"],
+        "block.classifier": ["trainable"],
+        "head": ["adapter", "lora"],
+    }
+
+
+def test_shared_module_is_replaced_under_all_parents_and_found_once():
+    model = Shared()
+    old, new = model.first, nn.Identity()
+    replace_modules(model, {old: new})
+    assert model.first is model.again is model.stack[1] is new
+    assert old not in set(model.modules())
+    minilora.inject(model := Shared(), "first")
+    assert model.first is model.again is model.stack[1]
+    assert list(injected_modules(model)) == ["first"]
+
+
+def test_generator_depends_on_seed_and_name_and_leaves_the_global_state():
+    before = torch.get_rng_state()
+    draw = torch.rand(3, generator=generator_for("a"))
+    assert torch.equal(draw, torch.rand(3, generator=generator_for("a")))
+    assert not torch.equal(draw, torch.rand(3, generator=generator_for("b")))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert not torch.equal(draw, torch.rand(3, generator=generator_for("a")))
+
+
+ACTIONS = {
+    "inject": lambda model: minilora.inject(model, "up"),
+    "load": lambda model: minilora.load(model, "never-read.safetensors"),
+    "save": lambda model: minilora.save(model, "never-written.safetensors"),
+    "merge": minilora.merge,
+    "unmerge": minilora.unmerge,
+    "fuse": minilora.fuse,
+    "eject": minilora.eject,
+    "adapter_state_dict": minilora.adapter_state_dict,
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_wrapped_models_are_refused_with_the_fix(action):
+    for wrapped, fix in (
+        (nn.DataParallel(minilora.inject(MLP(), "down")), r"`parallel\.module`"),
+        (torch.compile(minilora.inject(MLP(), "down"), backend="eager"), r"`compiled\._orig_mod`"),
+        (nn.Sequential(nn.DataParallel(minilora.inject(MLP(), "down"))), "'0' is wrapped in DataParallel"),
+    ):
+        with unchanged(wrapped), pytest.raises(MiniLoRAError, match=fix):
+            ACTIONS[action](wrapped)
+
+
+@pytest.mark.parametrize("action", sorted(set(ACTIONS) - {"inject", "load"}))
+def test_bare_models_are_refused_with_the_fix(action):
+    model = MLP()
+    with (
+        unchanged(model),
+        pytest.raises(MiniLoRAError, match=r"carries no injection .*minilora\.inject\(model"),
+    ):
+        ACTIONS[action](model)
+
+
+def all_kinds(case):
+    """Return a model of the grid with LoRA, an adapter around one site of it, and a trained head if any."""
+    model = case.build()
+    head = [name for name in ("classifier",) if hasattr(model, name)]
+    minilora.inject(model, case.targets, trainable=head)
+    site = next(reversed(case.targets))
+    if "out_proj" not in site:  # whose weight nn.MultiheadAttention computes with
+        minilora.inject(model, site, AdapterConfig(bottleneck=2), trainable=())
+    return randomise(model)
+
+
+@on_grid
+@pytest.mark.parametrize("assign", [False, True])
+def test_bare_checkpoint_loads_into_an_injected_model(case, assign):
+    other = case.build()
+    for value in other.state_dict().values():
+        if value.is_floating_point():
+            value.mul_(1.5)
+    model = all_kinds(case)
+    trained = {key: raw(t) for key, t in minilora.adapter_state_dict(model).items()}
+    model.load_state_dict(other.state_dict(), assign=assign)
+    for key, value in minilora.adapter_state_dict(model).items():
+        # A head starts anew from the checkpoint's; updates and bottlenecks keep what they learnt.
+        assert raw(value) == (raw(other.state_dict()[key]) if key.startswith("classifier") else trained[key])
+    minilora.eject(model)
+    assert state(model) == state(other)
+
+
+def test_bare_checkpoint_assigned_to_a_trained_head_is_not_shared_with_its_original():
+    model = minilora.inject(MLP(), "up", trainable=["classifier"])
+    model.load_state_dict(MLP().state_dict(), assign=True)
+    head = model.classifier
+    assert head.base.weight.data_ptr() != head.trained.weight.data_ptr()
+    assert (head.base.weight.requires_grad, head.trained.weight.requires_grad) == (False, True)
+
+
+@on_grid
+def test_state_dict_round_trip(case):
+    model, twin = all_kinds(case), randomise(all_kinds(case), seed=1)
+    twin.load_state_dict(model.state_dict())
+    assert state(twin) == state(model)
+    assert torch.equal(case.run(twin), case.run(model))
+
+
+def test_missing_and_unexpected_keys_of_a_bare_checkpoint_are_reported_by_torch():
+    model = minilora.inject(MLP(), "up")
+    checkpoint = MLP().state_dict()
+    del checkpoint["up.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing.*up\.base\.weight"):
+        model.load_state_dict(checkpoint)
+    with pytest.raises(RuntimeError, match=r"Unexpected.*up\.base\.stray"):
+        model.load_state_dict(MLP().state_dict() | {"up.stray": torch.zeros(1)})
+
+
+def test_base_with_a_child_called_base():
+    block = nn.ModuleDict({"base": nn.Linear(4, 4), "other": nn.Linear(4, 4)})
+    block.forward = lambda x: block["other"](block["base"](x))
+    model = nn.Sequential(block)
+    bare = {key: value.clone() for key, value in model.state_dict().items()}
+    minilora.inject(model, "0", AdapterConfig(bottleneck=2, hidden_size=4))
+    assert list(dict(named_sites(model))) == ["0", "0.base", "0.other"]
+    with pytest.raises(RuntimeError, match=r"Missing"):  # ambiguous, so refused and not guessed
+        model.load_state_dict(bare)
+
+
+def test_nothing_is_replaced_when_nothing_matches():
+    model = MLP()
+    before = picture(model)
+    replace_modules(model, {nn.Linear(1, 1): nn.Identity()})
+    assert picture(model) == before
+    assert not any(isinstance(module, InjectedModule) for module in model.modules())
+
+
+def test_outputs_after_a_bare_checkpoint():
+    model = randomise(minilora.inject(MLP(), ["up", "down"]))
+    other = MLP()
+    model.load_state_dict(other.state_dict())
+    x = torch.randn(2, 16)
+    with minilora.disabled(model):
+        assert_equal_to_rounding(model(x), other(x))

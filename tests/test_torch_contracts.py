@@ -1,0 +1,334 @@
+"""What a torch user takes for granted: copies, pickles, compile, autocast, meta, fused paths, DDP."""
+
+import copy
+import io
+import shutil
+import warnings
+
+import pytest
+import torch
+from checks import assert_equal_to_rounding, assert_far, picture, randomise, raw, reference, state, unchanged
+from models import CASES, MLP, Attention, encoder_layer, in_dtypes, on_grid
+from torch import nn
+
+import minilora
+from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
+from minilora.module import injected_modules
+
+NO_GRAD = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "enable_grad": torch.enable_grad,
+}
+without_gradients = pytest.mark.parametrize("mode", NO_GRAD.values(), ids=NO_GRAD)
+
+
+def injected(case, **options):
+    """Return a trained model with LoRA, an adapter around one of its sites, and a head if it has one."""
+    head = [name for name in ("classifier",) if hasattr(case.build(), name)]
+    model = minilora.inject(case.build(), case.targets, LoRAConfig(**options), trainable=head)
+    if case.targets[-1] not in ("out_proj", "lm_head"):
+        minilora.inject(model, case.targets[-1], AdapterConfig(bottleneck=4), trainable=())
+    return randomise(model)
+
+
+def pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@on_grid
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
+def test_copies_compute_the_same_and_are_independent(case, clone):
+    model = injected(case)
+    twin = clone(model)
+    assert state(twin) == state(model)
+    assert raw(case.run(twin)) == raw(case.run(model))
+    assert [n for n, p in twin.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+    with unchanged(model):
+        for tensor in minilora.adapter_state_dict(twin).values():
+            tensor.zero_()
+        minilora.eject(twin)
+
+
+@on_grid
+def test_compile_fullgraph(case):
+    """No graph break, and the same outputs and gradients as without."""
+    model = injected(case)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    assert_equal_to_rounding(case.run(compiled), case.run(model))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter", "head"])
+@pytest.mark.parametrize("tokens", [2, 200])
+def test_compile_fullgraph_trains(kind, tokens):
+    model = minilora.inject(MLP(), "up", trainable="classifier" if kind == "head" else ())
+    if kind == "adapter":
+        minilora.inject(model, "up", AdapterConfig(bottleneck=4))
+    randomise(model)
+    x = torch.randn(tokens, 16)
+    grads = []
+    for callable_ in (model, torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)):
+        callable_(x).square().mean().backward()
+        grads.append([p.grad for p in minilora.trainable_parameters(model)])
+        model.zero_grad()
+    for eager, compiled in zip(*grads, strict=True):
+        assert_equal_to_rounding(compiled, eager)
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_compile_with_inductor():
+    model = injected(CASES["mlp"])
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(40, 16)
+    with torch.no_grad():
+        assert_equal_to_rounding(compiled(x), model(x))
+    torch.compiler.reset()
+
+
+def test_compiled_model_follows_merging_and_disabling():
+    model = injected(CASES["mlp"])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(40, 16)
+
+    def agree():
+        assert_equal_to_rounding(compiled(x), model(x))
+        return raw(compiled(x))
+
+    active = agree()
+    with minilora.disabled(model):
+        assert agree() != active
+    assert agree() == active
+    minilora.merge(model, skip_adapters=True)
+    agree()
+    minilora.unmerge(model)
+    assert agree() == active
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("target", ["linear1", "linear2", "out_proj", "all-linear"])
+@pytest.mark.parametrize("training", [True, False])
+@without_gradients
+def test_encoder_layer_is_active_in_train_and_in_eval(target, training, mode):
+    """In eval without gradients torch runs a fused kernel on the layers' `.weight`s, past their forward."""
+    bare = encoder_layer().train(training)
+    model = randomise(minilora.inject(copy.deepcopy(bare), target))
+    x = torch.randn(2, 5, 16)
+    plain = reference(bare, model)
+    with mode():
+        for change in (lambda model: model, minilora.merge, minilora.unmerge):
+            change(model)
+            assert_far(model(x), bare(x))
+            assert_equal_to_rounding(model(x), plain(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@without_gradients
+def test_encoder_layer_with_an_adapter_is_active_in_train_and_in_eval(training, mode):
+    bare = encoder_layer().train(training)
+    model = randomise(minilora.inject(copy.deepcopy(bare), "linear2", AdapterConfig(bottleneck=4)))
+    plain = copy.deepcopy(bare)
+    plain.linear2 = nn.Sequential(plain.linear2, Bottleneck(model.linear2))
+    plain.activation_relu_or_gelu = 0  # so that torch does not look for a weight of the Sequential
+    x = torch.randn(2, 5, 16)
+    with mode():
+        assert_far(model(x), bare(x))
+        assert_equal_to_rounding(model(x), plain(x))
+
+
+class Bottleneck(nn.Module):
+    """h + up(gelu(down(h))), with the values of an adapter."""
+
+    def __init__(self, adapter):
+        super().__init__()
+        self.down, self.up = copy.deepcopy(adapter.adapter_down), copy.deepcopy(adapter.adapter_up)
+
+    def forward(self, h):
+        return h + self.up(nn.functional.gelu(self.down(h)))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@without_gradients
+def test_whole_encoder_is_active_in_eval(padded, mode):
+    bare = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=padded).eval()
+    model = randomise(minilora.inject(copy.deepcopy(bare), ["linear1", "linear2", "out_proj"]))
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+    plain = reference(bare, model)
+    with mode():
+        outputs = [m(x, src_key_padding_mask=mask)[:, :3] for m in (model, plain, bare)]
+    assert_equal_to_rounding(outputs[0], outputs[1])
+    assert_far(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+@without_gradients
+def test_attention_is_active_in_train_and_in_eval_and_applies_the_update_once(training, need_weights, mode):
+    bare = Attention().train(training)
+    model = randomise(minilora.inject(copy.deepcopy(bare), "out_proj"))
+    plain = reference(bare, model)
+    x = torch.randn(2, 5, 16)
+    before = picture(model)
+    with mode():
+        for _ in range(3):
+            out = [m.attention(x, x, x, need_weights=need_weights)[0] for m in (model, plain, bare)]
+    assert_equal_to_rounding(out[0], out[1])
+    assert_far(out[0], out[2])
+    assert picture(model) == before  # no forward writes anything
+
+
+def test_attention_gives_the_update_its_gradient():
+    model = randomise(minilora.inject(Attention(), "out_proj"))
+    model(torch.randn(2, 5, 16)).square().mean().backward()
+    assert model.attention.out_proj.lora_A.grad.any()
+    assert model.attention.out_proj.base.weight.grad is None
+
+
+@in_dtypes
+@pytest.mark.parametrize("config", [LoRAConfig(r=4), AdapterConfig(bottleneck=4)])
+def test_t5_reads_the_dtype_of_wo_and_calls_it(dtype, config):
+    case = CASES["t5"]
+    bare = case.build(dtype)
+    model = randomise(minilora.inject(copy.deepcopy(bare), "wo", config))
+    assert_far(case.run(model), case.run(bare))
+    if isinstance(config, LoRAConfig):
+        assert_equal_to_rounding(case.run(model), case.run(reference(bare, model)))
+
+
+@on_grid
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=str)
+def test_training_under_autocast(case, lower):
+    model = injected(case).train()
+    with torch.autocast("cpu", dtype=lower):
+        loss = case.call(model).float().square().mean()
+    loss.backward()
+    for parameter in minilora.trainable_parameters(model):
+        assert parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_gradient_checkpointing(name, reentrant):
+    case = CASES[name]
+    grads = []
+    for checkpointing in (False, True):
+        model = injected(case, dropout=0.3).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(3)
+        case.call(model).square().mean().backward()
+        grads.append([p.grad for p in minilora.trainable_parameters(model)])
+    for plain, checkpointed in zip(*grads, strict=True):
+        assert_equal_to_rounding(checkpointed, plain)
+
+
+def test_inject_on_meta_allocates_nothing_and_takes_weights_later():
+    with torch.device("meta"):
+        model = MLP()
+    minilora.inject(model, ["up", "down"], trainable="classifier")
+    minilora.inject(model, "up", AdapterConfig(bottleneck=4))
+    assert all(p.is_meta for p in model.parameters())
+    assert model(torch.empty(2, 16, device="meta")).shape == (2, 3)
+    assert model(torch.empty(200, 16, device="meta")).shape == (200, 3)
+    assert model.down.weight.shape == (16, 32)
+    source = randomise(minilora.inject(MLP(), ["up", "down"], trainable="classifier"))
+    minilora.inject(source, "up", AdapterConfig(bottleneck=4))
+    model.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(2, 16)
+    assert torch.equal(model(x), source(x))
+
+
+def test_to_empty_then_reset():
+    with torch.device("meta"):
+        model = minilora.inject(MLP(), "up")
+    model.to_empty(device="cpu").load_state_dict(MLP().state_dict())
+    for site, (layer,) in injected_modules(model).items():
+        layer.reset_parameters(site)
+    fresh = minilora.inject(MLP(), "up")
+    assert raw(model.up.lora_A) == raw(fresh.up.lora_A)
+    assert not model.up.lora_B.any()
+
+
+def test_new_parameters_are_on_the_device_of_their_base():
+    model = MLP()
+    model.down.to("meta")
+    minilora.inject(model, ["up", "down"])
+    assert (model.up.lora_A.device.type, model.down.lora_A.device.type) == ("cpu", "meta")
+
+
+@pytest.fixture
+def one_process():
+    if not torch.distributed.is_available():
+        pytest.skip("no torch.distributed")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp(one_process, tmp_path):
+    model = minilora.inject(CASES["mlp"].build(), ["up", "down"], trainable="classifier")
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(minilora.trainable_parameters(ddp), lr=0.1)
+    for _ in range(2):  # a parameter without gradient would make the second step fail
+        ddp(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for action in (
+        minilora.eject,
+        minilora.merge,
+        lambda model: minilora.inject(model, "up"),
+        lambda model: minilora.save(model, tmp_path / "a.safetensors"),
+    ):
+        with unchanged(ddp), pytest.raises(MiniLoRAError, match=r"DistributedDataParallel: .*`ddp\.module`"):
+            action(ddp)
+    minilora.save(ddp.module, tmp_path / "a.safetensors")
+    loaded = minilora.load(CASES["mlp"].build(), tmp_path / "a.safetensors")
+    assert torch.equal(loaded.up.lora_A, model.up.lora_A)
+
+
+@on_grid
+def test_state_dict_of_a_merged_model_is_that_of_the_unmerged(case):
+    model = injected(case)
+    before = state(model)
+    minilora.merge(model, skip_adapters=True)
+    assert state(model) == before
+    kept = model.state_dict(keep_vars=True)
+    assert all(kept[name] is p for name, p in model.named_parameters() if "base.weight" not in name)
+    assert state(minilora.unmerge(model)) == before
+
+
+def test_functional_call_and_vmap_over_updates():
+    model = minilora.inject(MLP(), "up")
+    for tokens in (2, 200):
+        x = torch.randn(tokens, 16)
+        many_B = torch.randn(3, 32, 8)
+        stacked = torch.func.vmap(lambda B, x=x: torch.func.functional_call(model, {"up.lora_B": B}, x))(
+            many_B
+        )
+        for B, out in zip(many_B, stacked, strict=True):
+            model.up.lora_B.data.copy_(B)
+            assert_equal_to_rounding(out, model(x))
+
+
+@on_grid
+def test_nothing_warns(case, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = injected(case)
+        minilora.merge(model, skip_adapters=True)
+        minilora.unmerge(model)
+        minilora.save(model, tmp_path / "a.safetensors")
+        minilora.load(model, tmp_path / "a.safetensors")
+        if case.name not in ("tied", "t5", "gpt2"):  # whose fused heads are no longer tied
+            minilora.fuse(model, skip_adapters=True)

@@ -1,0 +1,143 @@
+"""freeze, trainable_parameters, disabled, summary."""
+
+import pytest
+import torch
+from checks import assert_far, picture, randomise, raw, unchanged
+from models import CASES, MLP, in_dtypes, on_grid
+
+import minilora
+from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
+
+
+def names(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_freeze_leaves_what_was_injected():
+    model = minilora.inject(MLP(), "up", trainable="classifier")
+    minilora.inject(model, "down", AdapterConfig(bottleneck=2))
+    trained = names(model)
+    model.requires_grad_(True)
+    assert minilora.freeze(model) is model
+    assert names(model) == trained
+    model.up.lora_A.requires_grad_(False)
+    minilora.freeze(model)
+    assert "up.lora_A" not in names(model)  # what somebody froze stays frozen
+
+
+def test_freeze_on_a_bare_model():
+    assert names(minilora.freeze(MLP())) == []
+
+
+def test_trainable_parameters():
+    model = minilora.inject(MLP(), "up", trainable="classifier")
+    head = model.classifier.trained
+    expected = [model.up.lora_A, model.up.lora_B, head.weight, head.bias]
+    assert list(map(id, minilora.trainable_parameters(model))) == list(map(id, expected))
+
+
+def test_trainable_parameters_refuses_what_would_train_nothing():
+    with pytest.raises(MiniLoRAError, match="no parameter of this model requires a gradient"):
+        minilora.trainable_parameters(MLP().requires_grad_(False))
+    model = minilora.merge(minilora.inject(MLP(), ["up", "down"]))
+    with pytest.raises(
+        MiniLoRAError, match=r"2 sites are merged, and a merged layer does not train; call .*unmerge"
+    ):
+        minilora.trainable_parameters(model)
+
+
+@on_grid
+@in_dtypes
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_is_the_base_and_afterwards_all_is_as_before(case, dtype, merged):
+    model = case.build(dtype)
+    base = raw(case.run(model))
+    head = [name for name in ("classifier",) if hasattr(model, name)]
+    randomise(minilora.inject(model, case.targets, trainable=head))
+    if merged:
+        minilora.merge(model)
+    active, before = case.run(model), picture(model)["state"]
+    with minilora.disabled(model) as same:
+        assert same is model
+        assert raw(case.run(model)) == base
+        with minilora.disabled(model):  # once more changes nothing
+            assert raw(case.run(model)) == base
+        assert raw(case.run(model)) == base
+    assert raw(case.run(model)) == raw(active)
+    assert_far(active, torch.zeros_like(active))
+    assert raw(active) != base
+    assert picture(model)["state"] == before
+    assert all(layer.merged is merged for layer in model.modules() if isinstance(layer, minilora.LoRALinear))
+
+
+def test_disabled_on_adapters():
+    model, x = MLP(), torch.randn(2, 16)
+    base = model(x)
+    randomise(minilora.inject(model, ["up", "down"], AdapterConfig(bottleneck=2)))
+    active = model(x)
+    with minilora.disabled(model):
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), active)
+
+
+def test_disabled_ends_with_an_exception_too():
+    model = minilora.merge(randomise(minilora.inject(MLP(), "up")))
+    before = picture(model)["state"]
+    with pytest.raises(ZeroDivisionError), minilora.disabled(model):
+        raise ZeroDivisionError
+    assert picture(model)["state"] == before
+    assert model.up.merged
+    assert model.up.enabled
+
+
+def test_disabled_weight_is_the_bases_own():
+    model = randomise(minilora.inject(MLP(), "up"))
+    with minilora.disabled(model):
+        assert model.up.weight is model.up.base.weight
+    assert not torch.equal(model.up.weight, model.up.base.weight)
+
+
+def test_summary_prints_at_a_glance():
+    model = minilora.inject(MLP(), ["up", "down"], LoRAConfig(r=2, dropout=0.1), trainable="classifier")
+    minilora.inject(model, "down", AdapterConfig(bottleneck=4))
+    minilora.merge(model, skip_adapters=True)
+    assert str(minilora.summary(model)).splitlines() == [
+        "MLP",
+        "-----------------------------------------------------------------",
+        "site            kind                           parameters  state",
+        "-----------------------------------------------------------------",
+        "up          x1  LoRA r=2 alpha=16 dropout=0.1          96  merged",
+        "down        x1  adapter m=4 gelu sequential           148  active",
+        "down        x1  LoRA r=2 alpha=16 dropout=0.1          96  merged",
+        "classifier  x1  trained in full (Linear)               51  active",
+        "-----------------------------------------------------------------",
+        "trainable: 391 parameters, 35.3 % of the base's 1,107",
+    ]
+
+
+def test_summary_groups_stacks_and_counts():
+    model = minilora.inject(CASES["bert"].build(), ["query", "value"], LoRAConfig(r=4), trainable=())
+    summary = minilora.summary(model)
+    assert [(row.sites, row.count, row.parameters) for row in summary.rows] == [
+        ("bert.encoder.layer.*.attention.self.query", 2, 2 * 2 * 4 * 16),
+        ("bert.encoder.layer.*.attention.self.value", 2, 2 * 2 * 4 * 16),
+    ]
+    assert summary.trainable == 4 * 2 * 4 * 16
+    assert summary.base == sum(p.numel() for p in CASES["bert"].build().parameters())
+    with minilora.disabled(model):
+        assert {row.state for row in minilora.summary(model).rows} == {"disabled"}
+
+
+def test_summary_of_a_bare_model_and_of_a_tied_one():
+    summary = minilora.summary(MLP())
+    assert (summary.rows, summary.trainable, summary.base) == ((), 1107, 1107)
+    tied = CASES["tied"].build()
+    assert minilora.summary(tied).base == sum(p.numel() for p in tied.parameters())
+
+
+def test_reading_changes_nothing():
+    model = randomise(minilora.inject(MLP(), "up", trainable="classifier"))
+    with unchanged(model):
+        minilora.summary(model)
+        minilora.trainable_parameters(model)
+        minilora.adapter_state_dict(model)
