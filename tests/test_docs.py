@@ -1,0 +1,230 @@
+"""The documentation's code runs, prints what the pages say it prints, and the reference is current.
+
+A block marked ```python is run, in order, in one namespace per page; ```python notest is not. A block marked
+```output is what the Python block before it prints.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minilora
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+REFERENCE = ROOT / "docs" / "reference.md"
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    info: str
+    code: str
+    line: int  # of its first line of code, counted from 1
+
+
+def blocks_of(text: str) -> list[Block]:
+    return [
+        Block(match["info"].strip(), match["code"], text.count("\n", 0, match.start("code")) + 1)
+        for match in FENCE.finditer(text)
+    ]
+
+
+def run_page(path: Path, namespace: dict[str, Any]) -> int:
+    """Runs the Python blocks of a page, compares what they print, and returns how many ran."""
+    printed: str | None = None
+    ran = 0
+    for block in blocks_of(path.read_text(encoding="utf-8")):
+        if block.info == "python":
+            # Empty lines in front, so that a traceback names the line in the page.
+            code = compile("\n" * (block.line - 1) + block.code, str(path), "exec", dont_inherit=True)
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                exec(code, namespace)
+            printed = stdout.getvalue()
+            ran += 1
+        elif block.info == "output":
+            assert printed is not None, f"{path}:{block.line}: an output with no Python block before it"
+            assert printed.rstrip() == block.code.rstrip(), f"{path}:{block.line}: prints something else"
+            printed = None
+        else:
+            printed = None
+    return ran
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """An empty folder to write into, and a random state of its own."""
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        yield
+    if torch.distributed.is_initialized():  # a page that failed half-way
+        torch.distributed.destroy_process_group()
+
+
+def tiny_bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_page(path, sandbox):
+    pytest.importorskip("transformers")
+    try:
+        run_page(path, {"__name__": "page"})
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        pytest.skip("this page compares with peft, which is not installed")
+
+
+def test_readme(sandbox, monkeypatch):
+    """The README may download a model; here a tiny one stands in for it, and for a few usual names."""
+    transformers = pytest.importorskip("transformers")
+    if not README.exists():
+        pytest.skip("there is no README.md")
+    for name in ("AutoModelForSequenceClassification", "BertForSequenceClassification"):
+        owner = getattr(transformers, name)
+        monkeypatch.setattr(owner, "from_pretrained", lambda *args, **kwargs: tiny_bert())
+    batch = {"input_ids": torch.randint(100, (4, 16)), "labels": torch.tensor([0, 1, 0, 1])}
+    names = {"model": tiny_bert(), "fresh_model": tiny_bert(), "batch": batch, "loader": [batch] * 2}
+    assert run_page(README, {"__name__": "readme", "torch": torch, "minilora": minilora, **names})
+
+
+# The reference
+
+
+def sections() -> dict[str, str]:
+    """The reference's sections by the name in their heading."""
+    parts = re.split(r"^### `(\w+)`$", REFERENCE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_the_reference_has_every_public_name_and_no_other():
+    assert sorted(sections()) == sorted(minilora.__all__)
+
+
+@pytest.mark.parametrize("name", minilora.__all__)
+def test_the_reference_is_current(name):
+    section = sections()[name]
+    written = ast.parse(next(b.code for b in blocks_of(section) if b.info == "python notest")).body[0]
+    value = getattr(minilora, name)
+    if inspect.isclass(value):
+        assert isinstance(written, ast.ClassDef)
+        assert written.name == name
+        assert [ast.unparse(base) for base in written.bases] == public_bases(value)
+        init = [node for node in written.body if isinstance(node, ast.FunctionDef)]
+        assert bool(init) != issubclass(value, Exception)
+        if init:
+            assert_same_signature(init[0], value)
+        missing = [member for member in public_members(value) if f"`{member}" not in section]
+        assert not missing, f"the section says nothing of {missing}"
+    else:
+        assert isinstance(written, ast.FunctionDef)
+        assert written.name == name
+        assert_same_signature(written, value)
+        returns = re.sub(r"Iterator\[", "AbstractContextManager[", inspect.signature(value).return_annotation)
+        assert ast.unparse(written.returns) == normal(returns)
+
+
+def public_bases(value: type) -> list[str]:
+    """The bases that the reference names: minilora's public ones, Python's and torch's."""
+    return [
+        f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__
+        for base in value.__bases__
+        if base is not object and (base.__name__ in minilora.__all__ or "minilora" not in base.__module__)
+    ]
+
+
+def public_members(value: type) -> list[str]:
+    """What a class itself offers beyond nn.Module's and Exception's: attributes, properties and methods."""
+    inherited = {"forward", "extra_repr", "state_dict", "training", "kind", "Config"}
+    names = {*vars(value), *inspect.get_annotations(value)}
+    return sorted(name for name in names - inherited if not name.startswith("_"))
+
+
+def normal(annotation: object) -> str:
+    """An annotation as ast writes it, with the names that the reference uses."""
+    text = re.sub(r"\bConfig\b", "LoRAConfig | AdapterConfig", str(annotation))
+    return ast.unparse(ast.parse(text, mode="eval"))
+
+
+def assert_same_signature(written: ast.FunctionDef, value: Any) -> None:
+    """The parameters' names, order, kinds, annotations and defaults are those of the code."""
+    arguments = written.args
+    positional = [a for a in arguments.args if a.arg != "self"]
+    defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + list(arguments.defaults)
+    defaults = defaults[len(arguments.args) - len(positional) :]
+    documented = {a.arg: (False, a, d) for a, d in zip(positional, defaults, strict=True)}
+    documented |= {
+        a.arg: (True, a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    }
+    actual = inspect.signature(value).parameters
+    kw_only = inspect.Parameter.KEYWORD_ONLY
+    assert [n for n, (kw, *_) in documented.items() if not kw] == [
+        n for n, p in actual.items() if p.kind is not kw_only
+    ]
+    assert sorted(documented) == sorted(actual)
+    for name, (_, argument, default) in documented.items():
+        parameter = actual[name]
+        assert ast.unparse(argument.annotation) == normal(parameter.annotation), name
+        if default is None:
+            assert parameter.default is inspect.Parameter.empty, name
+        else:
+            assert eval(ast.unparse(default), vars(minilora) | {"torch": torch}) == parameter.default, name
+
+
+# Tests of the tests
+
+
+def test_the_pages_have_code():
+    counts = {
+        path.name: sum(b.info == "python" for b in blocks_of(path.read_text(encoding="utf-8")))
+        for path in PAGES
+    }
+    pages = ("adapters", "faq", "how-it-works", "merging", "quickstart", "saving", "targets", "training")
+    assert all(counts[f"{page}.md"] >= 2 for page in pages), counts
+
+
+def test_every_fence_is_understood():
+    """A misspelt mark, as in ```Python, would leave a block unrun and nobody the wiser."""
+    known = {"python", "python notest", "output", "text", "bash", "json", ""}
+    for path in [*PAGES, *([README] if README.exists() else [])]:
+        text = path.read_text(encoding="utf-8")
+        blocks = blocks_of(text)
+        assert {block.info for block in blocks} <= known, path
+        assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(blocks), path
+
+
+def test_a_failing_block_fails(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as caught:
+        run_page(page, {})
+    assert caught.traceback[-1].lineno + 1 == 8
+
+
+def test_a_wrong_output_fails(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nprint(1)\n```\n\n```output\n2\n```\n")
+    with pytest.raises(AssertionError, match="prints something else"):
+        run_page(page, {})
+    page.write_text("```python\nprint(1)\n```\n\n```output\n1\n```\n\n```python notest\nraise\n```\n")
+    assert run_page(page, {}) == 1
