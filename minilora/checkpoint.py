@@ -217,7 +217,8 @@ def _build(
 
     def missing(site: str) -> str | None:
         if site not in bare:
-            near = difflib.get_close_matches(site, bare, n=1)
+            # Comparing names is slow, and after a few hints the next ones tell nothing new.
+            near = difflib.get_close_matches(site, bare, n=1) if len(problems) < 8 else []
             return "the model has no such module" + (f"; nearest: {near[0]!r}" if near else "")
         if (first := first_names[bare[site]]) != site:
             return f"the model has this module first as {first!r}, and files name it so"

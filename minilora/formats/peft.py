@@ -116,7 +116,12 @@ def write(path: Path, contents: Contents, model: nn.Module | None = None) -> Non
     config = _config(contents, names)
     config["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     tensors = {**contents.tensors, **_frozen_but_caught(contents.manifest, model)}
-    tensors = {PREFIX + _peft_key(key, contents): tensor for key, tensor in tensors.items()}
+    updates = {
+        f"{site}.lora_{side}" for _, sites in contents.manifest.injections for site in sites for side in "AB"
+    }
+    tensors = {
+        f"{PREFIX}{key}.weight" if key in updates else PREFIX + key: tensor for key, tensor in tensors.items()
+    }
     text = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
     metadata = header(tensors, {}, contents.base)
     if path.is_dir() and any(path.iterdir()):
@@ -378,13 +383,6 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 def _integral(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _peft_key(key: str, contents: Contents) -> str:
-    """Return PEFT's name of a tensor, without the prefix."""
-    site, _, side = key.rpartition(".")
-    sites = {site for _, names in contents.manifest.injections for site in names}
-    return f"{key}.weight" if site in sites and side in ("lora_A", "lora_B") else key
 
 
 def _unique_names(model: nn.Module) -> list[str]:
