@@ -152,11 +152,11 @@ def load(
                 name: contents.tensors[f"{site}.{name}"].to(device, target.dtype)
                 for name, target in wrapper.adapter_state().items()
             }
+    for note in contents.notes:  # before anything changes: a warning may be turned into an error
+        warnings.warn(note, UserWarning, stacklevel=2)
     for wrapper, state in values.items():
         # New wrappers take the file's tensors; an optimizer may hold those of older ones.
         wrapper.load_adapter_state(state, assign=bool(replacements))
-    for note in contents.notes:
-        warnings.warn(note, UserWarning, stacklevel=2)
     if replacements:
         replace_modules(model, replacements)
         freeze(model)
@@ -305,7 +305,10 @@ def _misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Ite
         if value.shape != target.shape:
             yield f"{key!r} has shape {tuple(value.shape)}, the model needs {tuple(target.shape)}"
         elif not _holds(target.dtype, value.dtype):
-            yield f"{key!r} is {value.dtype}, which {target.dtype} cannot hold without loss"
+            yield (
+                f"{key!r} is {value.dtype}, which {target.dtype} cannot hold without loss; load into a model "
+                f"of {value.dtype} and cast it afterwards"
+            )
         elif not _finite(value):
             yield f"{key!r} is not finite"
 

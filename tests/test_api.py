@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -156,8 +155,14 @@ def loaded_on_top(statement, base):
     program = (
         f"import sys\n{base}\nbefore = set(sys.modules)\n{statement}\nprint(*(set(sys.modules) - before))"
     )
-    command, environment = [sys.executable, "-c", program], os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PACKAGE.parent,  # which `python -c` searches first
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     return {name for name in out.stdout.split() if name.split(".")[0] != "minilora"}
 
 

@@ -125,9 +125,11 @@ safetensors.torch.save_file(outputs, f"{sys.argv[1]}/outputs.safetensors")
 
 
 def run(program, *arguments):
-    path = os.pathsep.join([str(TESTS), str(Path(minilora.__file__).parents[1])])
-    environment = os.environ | {"PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", program, *arguments], env=environment, check=True, timeout=120)
+    """Run a program in a fresh process that finds this minilora and the models of the tests."""
+    root = Path(minilora.__file__).parents[1]  # which `python -c` searches first
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    command = [sys.executable, "-c", program, *arguments]
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=120)
 
 
 def test_merged_or_disabled_the_same_bytes_are_written(file, tmp_path):
