@@ -105,7 +105,7 @@ def effective_linear(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """Return x W_eff^T + b: the weight form, with W_eff built anew here and in the backward.
+    """Return x W_eff^T + b: the weight form, with W_eff built for this call alone.
 
     The same bits as a merged layer gives. Weight and bias are taken as frozen: they get no gradient.
 
@@ -123,7 +123,9 @@ def effective_linear(
     """
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    arguments = (x.to(dtype), weight, bias, lora_A, lora_B, scaling, transposed)
+    with torch.no_grad():  # its share of the gradient is in the backward below
+        w_eff = effective_weight(weight, lora_A, lora_B, scaling, transposed=transposed, dtype=dtype)
+    arguments = (x.to(dtype), w_eff, bias, weight, lora_A, lora_B, scaling, transposed)
     return _EffectiveLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -132,37 +134,44 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 class _EffectiveLinear(torch.autograd.Function):
-    """The weight form with its own backward: nothing of (out, in) is kept between the two."""
+    """The weight form with its own backward.
+
+    In full precision W_eff is not kept for the backward, which builds it again: an (out, in) tensor for
+    each layer would be a second copy of the model. Under autocast it is kept, since it has half the size,
+    and autograd would keep as much of the bare layer: the rounded copy of W.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
+        w_eff: Tensor,
         bias: Tensor | None,
+        weight: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
         transposed: bool,
     ) -> Tensor:
-        w_eff = effective_weight(weight, lora_A, lora_B, scaling, transposed=transposed, dtype=x.dtype)
         return F.linear(x, w_eff.T if transposed else w_eff, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, lora_A, lora_B, ctx.scaling, ctx.transposed = inputs
-        ctx.save_for_backward(x, weight, lora_A, lora_B)
+        x, w_eff, _, weight, lora_A, lora_B, ctx.scaling, ctx.transposed = inputs
+        kept = w_eff if w_eff.dtype.itemsize < weight.dtype.itemsize else None
+        ctx.save_for_backward(x, kept, weight, lora_A, lora_B)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B = ctx.saved_tensors
+        x, w_eff, weight, lora_A, lora_B = ctx.saved_tensors
         s, transposed = ctx.scaling, ctx.transposed
-        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 4, 5))
         dx = dA = dB = None
         with _without_autocast(g):
             if needs_x:
-                w_eff = effective_weight(weight, lora_A, lora_B, s, transposed=transposed, dtype=g.dtype)
+                if w_eff is None or torch.is_grad_enabled():  # a second derivative goes through A and B
+                    w_eff = effective_weight(weight, lora_A, lora_B, s, transposed=transposed, dtype=g.dtype)
                 dx = g @ (w_eff.T if transposed else w_eff)
             # The products over all tokens keep the long side contiguous: (r, n) instead of (n, r).
             g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -172,4 +181,4 @@ class _EffectiveLinear(torch.autograd.Function):
             if needs_B:
                 h = lora_A.to(g.dtype) @ x_rows.T  # (r, n)
                 dB = (h @ g_rows).to(lora_B.dtype).T * s
-        return dx, None, None, dA, dB, None, None
+        return dx, None, None, None, dA, dB, None, None
