@@ -1,7 +1,7 @@
 """`Fingerprint`: a few numbers by which the base of an adapter is known again, in another dtype too.
 
 An adapter on the wrong base computes nonsense without any error. So a file records, for the weight at
-each site, its shape, its dtype, eight of its values, and two sums in float64 over at most 4096 of its
+each site, its shape, its dtype, eight of its values, and two sums in float64 over at most 1024 of its
 values, at places that depend on nothing but its size. That takes microseconds a site whatever the size of
 the base, and 200 to 300 bytes; a base that was trained further differs in nearly every value, and so in
 these. A base in which only a few values were changed may pass unseen: this is no hash.
@@ -24,7 +24,7 @@ from .errors import CheckpointError, listed
 from .linear import has_plain_weight, linear_shape
 from .module import InjectedModule
 
-SUMMED = 4096
+SUMMED = 1024
 SHOWN = 8
 
 DTYPES = {
@@ -48,9 +48,12 @@ class Signature:
     @classmethod
     def of(cls, weight: Tensor) -> Signature:
         """Return the signature of a floating-point tensor with values, on any device."""
-        places = _places(weight.numel()).to(weight.device)
-        # By index, and not through a flat view, which on a transposed tensor would be a copy of it all.
-        values = weight.detach()[torch.unravel_index(places, weight.shape)].reshape(-1).cpu().double()
+        places, values = _places(weight.numel()).to(weight.device), weight.detach()
+        if values.is_contiguous():
+            values = values.view(-1)[places]
+        else:  # flattened, it would be a copy of it all
+            values = values[torch.unravel_index(places, weight.shape)].reshape(-1)
+        values = values.cpu().double()
         return cls(
             dtype=weight.dtype,
             shape=tuple(weight.shape),

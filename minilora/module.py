@@ -192,12 +192,13 @@ def require_unwrapped(model: nn.Module) -> None:
         "FSDPModule": "inject or load first, then call fully_shard; gather a full model to save",
         "OptimizedModule": "work on the model inside, `compiled._orig_mod`; compile after injecting",
     }
-    for name, module in model.named_modules():
-        for kind in type(module).__mro__:
+    for kind in {type(module) for module in model.modules()}:
+        for parent in kind.__mro__:
             # By name: importing torch.distributed.fsdp for an isinstance check takes seconds.
-            if kind.__name__ in fixes and kind.__module__.startswith("torch."):
+            if parent.__name__ in fixes and parent.__module__.startswith("torch."):
+                name = next(name for name, module in model.named_modules() if type(module) is kind)
                 where = f"{name!r} is" if name else "the model is"
-                raise MiniLoRAError(f"{where} wrapped in {kind.__name__}: {fixes[kind.__name__]}")
+                raise MiniLoRAError(f"{where} wrapped in {parent.__name__}: {fixes[parent.__name__]}")
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
