@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .config import LoRAConfig
 from .errors import CheckpointError, listed, quoted, several
-from .files import DTYPE_NAMES, opened, read_json
-from .fingerprint import DTYPES, Comparison, Fingerprint, Signature, compare
+from .files import DTYPE_NAMES, FLOAT_DTYPES, opened, read_json
+from .fingerprint import Comparison, Fingerprint, Signature, compare
 from .manifest import Contents
 from .targets import describe_sites
 
@@ -107,7 +107,7 @@ class BaseFiles:
         signatures = {
             site: Signature.of(self.tensor(name))
             for site, name in weights.items()
-            if TORCH_DTYPES.get(self.tensors[name].dtype) in DTYPES.values()
+            if TORCH_DTYPES.get(self.tensors[name].dtype) in FLOAT_DTYPES.values()
         }
         unchecked = {
             site: "quantised, or otherwise no plain weight" for site in weights if site not in signatures
@@ -215,7 +215,7 @@ def _by_value(sites: list[str], recorded: Fingerprint, base: BaseFiles) -> dict[
         alike = [
             s for s in sites if s in recorded.signatures and recorded.signatures[s].shape == described.shape
         ]
-        if alike and TORCH_DTYPES.get(described.dtype) in DTYPES.values():
+        if alike and TORCH_DTYPES.get(described.dtype) in FLOAT_DTYPES.values():
             signature = Signature.of(base.tensor(name))
             for site in alike:
                 if recorded.signatures[site].difference(signature) == 0:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .errors import CheckpointError, MiniLoRAError, TargetError, quoted, several
+from .files import FLOAT_DTYPES
 from .fingerprint import Fingerprint, compare
 from .formats import adapters, loralib, native, peft
 from .head import TrainableHead
@@ -38,8 +39,6 @@ from .training import freeze
 
 ReadFormat = Literal["auto", "minilora", "peft", "loralib", "adapters"]
 WriteFormat = Literal["minilora", "peft"]
-
-FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 logger = logging.getLogger("minilora")
 
@@ -315,10 +314,10 @@ def _misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Ite
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Return whether every value of one dtype has its place in another."""
-    if wide in FLOATING and narrow in FLOATING:
+    if {wide, narrow} <= set(FLOAT_DTYPES.values()):
         return torch.promote_types(wide, narrow) == wide
     return wide == narrow
 
 
 def _finite(tensor: Tensor) -> bool:
-    return tensor.dtype not in FLOATING or bool(torch.isfinite(tensor).all())
+    return tensor.dtype not in FLOAT_DTYPES.values() or bool(torch.isfinite(tensor).all())

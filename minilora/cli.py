@@ -12,22 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from .base_files import BaseFiles, fit
 from .checkpoint import read
 from .describe import described, differences, table
 from .errors import CheckpointError, MiniLoRAError
+from .files import FLOAT_DTYPES
 from .formats import native, peft
 from .fuse_files import fuse_files
 from .manifest import Contents
-
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 NO = 1
 ERROR = 2
@@ -74,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--base", type=Path, required=True, help="a folder with a model's safetensors files")
     command.add_argument("--adapter", type=Path, required=True, help="a minilora file or a PEFT folder")
     command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
-    command.add_argument("--dtype", choices=sorted(DTYPES), help="of the result (default: as in the base)")
+    command.add_argument("--dtype", choices=sorted(FLOAT_DTYPES), help="of the result (default: the base's)")
     command.add_argument("--no-check-base", action="store_true", help="fuse into another base than its own")
     command.set_defaults(run=_fuse)
 
@@ -140,7 +132,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
         arguments.base,
         _whole(arguments.adapter),
         arguments.out,
-        dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
+        dtype=FLOAT_DTYPES[arguments.dtype] if arguments.dtype else None,
         check_base=not arguments.no_check_base,
         say=_say,
     )

@@ -45,6 +45,12 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 """The names that safetensors gives to torch's dtypes."""
 
+FLOAT_DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+"""The dtypes that weights come in, by torch's names."""
+
 
 class Entry(NamedTuple):
     """A tensor that is about to be written: what the header says of it, and where its values come from."""

@@ -21,15 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, listed
+from .files import FLOAT_DTYPES
 from .linear import has_plain_weight, linear_shape
 from .module import InjectedModule
 
 SUMMED = 1024
 SHOWN = 8
-
-DTYPES = {
-    str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-}
 
 
 @dataclass(frozen=True)
@@ -113,11 +110,11 @@ class Signature:
                 "sum": float(total),
                 "abs_sum": float(magnitude),
             } if (
-                dtype in DTYPES
+                dtype in FLOAT_DTYPES
                 and all(type(n) is int and n >= 0 for n in shape)
                 and all(type(x) is float for x in sample)
             ):
-                return cls(DTYPES[dtype], tuple(shape), tuple(sample), total, magnitude)
+                return cls(FLOAT_DTYPES[dtype], tuple(shape), tuple(sample), total, magnitude)
         raise CheckpointError(f"a fingerprint of the base in the header is not valid: {value!r:.200}")
 
 
@@ -259,6 +256,6 @@ def _unsignable(bare: nn.Module, weight: object) -> str | None:
     """Return why a linear layer's weight has no signature, or None where it has one, or is no matter."""
     if isinstance(weight, Tensor) and weight.is_meta:
         return "on the meta device, without values"
-    if has_plain_weight(bare) and isinstance(weight, Tensor) and weight.dtype in DTYPES.values():
+    if has_plain_weight(bare) and isinstance(weight, Tensor) and weight.dtype in FLOAT_DTYPES.values():
         return None
     return "quantised, or otherwise no plain weight" if linear_shape(bare) or weight is not None else None

@@ -20,8 +20,7 @@ from torch import Tensor
 from .base_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, BaseFiles, Fit, fit
 from .config import LoRAConfig
 from .errors import CheckpointError, quoted, several
-from .files import Entry, new_folder, opened, write_tensors, write_whole
-from .fingerprint import DTYPES
+from .files import FLOAT_DTYPES, Entry, new_folder, opened, write_tensors, write_whole
 from .functional import effective_weight
 from .manifest import Contents
 from .targets import describe_sites
@@ -101,7 +100,7 @@ def _unfusable(placed: Fit, contents: Contents, base: BaseFiles) -> list[str]:
     ]
     for site in loras:
         name = placed.weights[site]
-        if TORCH_DTYPES.get(base.tensors[name].dtype) not in DTYPES.values():
+        if TORCH_DTYPES.get(base.tensors[name].dtype) not in FLOAT_DTYPES.values():
             problems.append(f"{site!r}: the base's weight is {base.tensors[name].dtype}, quantised")
         elif (other := _tied_to(name, base)) is not None:
             problems.append(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from .adapter import Adapter
 from .config import AdapterConfig, Config, LoRAConfig
-from .errors import MiniLoRAError, TargetError, quoted, several
+from .errors import TargetError, quoted, several
 from .head import TrainableHead
 from .lora import LoRALinear
 from .module import (
@@ -20,7 +20,7 @@ from .module import (
     injected_modules,
     named_sites,
     replace_modules,
-    require_injected,
+    require_enabled,
     require_unwrapped,
 )
 from .targets import Targets, choices, describe_sites, head_modules, linear_names_within, select
@@ -71,19 +71,21 @@ def inject(
     problems += more
     sites, more = select(model, targets, argument="targets", spared=heads)
     problems += more
-    chosen = {name: module for name, module in sites.items() if module not in excluded.values()}
+    left_out = set(excluded.values())
+    chosen = {name: module for name, module in sites.items() if module not in left_out}
     if not chosen and not more:
         problems.append(
             "targets: exclude leaves none of the sites that they match" if sites else "targets: none given"
         )
 
     chains = dict(named_sites(model))
+    trained = [name for name, chain in chains.items() if isinstance(chain[0], TrainableHead)]
     device = device_of(model)
     failures: dict[str, list[str]] = defaultdict(list)  # message -> sites, so that a stack is one line
     replacements: dict[nn.Module, nn.Module] = {}
     for name in chosen:
         try:
-            old = _place_for(config, name, chains)
+            old = _place_for(config, name, chains[name], trained)
             replacements[old] = build(old, config, site=name, device=device_of(old, device))
         except TargetError as error:
             failures[str(error)].append(name)
@@ -120,9 +122,7 @@ def eject(model: nn.Module) -> nn.Module:
     Raises:
         MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
     """
-    found = require_injected(model)
-    if not all(wrapper.enabled for wrappers in found.values() for wrapper in wrappers):
-        raise MiniLoRAError("eject cannot work inside minilora.disabled; leave its block first")
+    found = require_enabled(model, "eject")
     originals: dict[nn.Module, nn.Module] = {}
     for wrappers in found.values():
         for wrapper in wrappers:
@@ -138,12 +138,11 @@ def build(base: nn.Module, config: Config, *, site: str, device: torch.device) -
     return kinds[config.kind](base, config, site=site, device=device)
 
 
-def _place_for(config: Config, name: str, chains: Mapping[str, list[nn.Module]]) -> nn.Module:
+def _place_for(config: Config, name: str, chain: list[nn.Module], trained: Iterable[str]) -> nn.Module:
     """Return the module at a site that the new wrapper shall stand around: LoRA inside, adapters outside."""
-    for above, around in chains.items():
-        if isinstance(around[0], TrainableHead) and f"{name}.".startswith(f"{above}."):
+    for above in trained:
+        if f"{name}.".startswith(f"{above}."):
             raise TargetError(f"lies in {above!r}, which is trained in full; leave it out with exclude=...")
-    chain = chains[name]
     for layer in chain:
         if isinstance(layer, InjectedModule) and layer.kind == config.kind:
             raise TargetError(

@@ -213,8 +213,7 @@ class LoRALinear(InjectedModule):
         return super().base_weight() if self._original is None else self._original[0]
 
     def _unmerged_weight(self) -> nn.Parameter:
-        weight: nn.Parameter = self.base.weight if self._original is None else self._original[0]  # type: ignore[assignment]
-        return weight
+        return self.base_weight()  # type: ignore[return-value]
 
     def description(self) -> str:
         """Return the kind, rank and scale in a few words."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import MergeError, MiniLoRAError, quoted, several
-from .module import InjectedModule, replace_modules, require_injected
+from .module import InjectedModule, replace_modules, require_enabled, require_injected
 from .targets import describe_sites
 
 
@@ -105,12 +105,8 @@ def _mergeable(model: nn.Module, skip_adapters: bool) -> list[tuple[str, Injecte
     """Return the layers to merge with their sites, or raise with every reason why some cannot be."""
     layers: list[tuple[str, InjectedModule]] = []
     obstacles: dict[str, list[str]] = {}
-    for site, wrappers in require_injected(model).items():
+    for site, wrappers in require_enabled(model, "merge and fuse").items():
         for wrapper in wrappers:
-            if not wrapper.enabled:
-                raise MiniLoRAError(
-                    "merge and fuse cannot work inside minilora.disabled; leave its block first"
-                )
             if wrapper.kind == "adapter" and skip_adapters:
                 continue
             if problem := wrapper.merge_problem():

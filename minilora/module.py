@@ -175,6 +175,18 @@ def require_injected(model: nn.Module) -> dict[str, list[InjectedModule]]:
     return found
 
 
+def require_enabled(model: nn.Module, act: str) -> dict[str, list[InjectedModule]]:
+    """Return `injected_modules`, or raise where there are none, or where they are disabled at present.
+
+    Raises:
+        MiniLoRAError: as `require_injected` does, and inside `minilora.disabled`, naming the act.
+    """
+    found = require_injected(model)
+    if not all(wrapper.enabled for wrappers in found.values() for wrapper in wrappers):
+        raise MiniLoRAError(f"{act} cannot work inside minilora.disabled; leave its block first")
+    return found
+
+
 def require_unwrapped(model: nn.Module) -> None:
     """Raise where the model is inside DDP, FSDP or torch.compile, whose names and copies are not ours.
 
