@@ -9,15 +9,18 @@ minilora.merge(model)                               # the base model's own speed
 """
 
 from .adapter import Adapter
-from .checkpoint import adapter_state_dict, load, save
 from .config import AdapterConfig, LoRAConfig
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
-from .head import TrainableHead
+from .files.loading import load
+from .files.saving import adapter_state_dict, save
+from .frozen import FrozenStatistics
 from .inject import eject, inject
 from .lora import LoRALinear
 from .merging import fuse, merge, unmerge
 from .module import InjectedModule
-from .training import Summary, SummaryRow, disabled, freeze, summary, trainable_parameters
+from .summary import Summary, SummaryRow, summary
+from .trained import TrainableHead
+from .training import disabled, freeze, trainable_parameters
 
 __version__ = "0.1.0"
 
@@ -25,6 +28,7 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "CheckpointError",
+    "FrozenStatistics",
     "InjectedModule",
     "LoRAConfig",
     "LoRALinear",

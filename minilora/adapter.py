@@ -13,16 +13,19 @@ a step is taken. The bottleneck is not linear: it cannot be merged into a weight
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-from .config import AdapterConfig
+from .config import WIDEST, AdapterConfig
 from .errors import MergeError, TargetError
 from .linear import linear_shape
-from .module import InjectedModule, adapter_dtype, device_of, generator_for
+from .module import InjectedModule, bare_module, device_of, dtype_for, generator_for, require_called
+from .torch_internals import own_parameters
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -33,7 +36,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Adapter(InjectedModule):
-    """A module with a trainable bottleneck, around any base that returns one tensor of (..., d).
+    """A module with a trainable bottleneck, around any base that returns one tensor.
+
+    The width d is the last dimension of what the base returns, or, for a stage of convolutions, the one
+    before its k spatial dimensions: (b, d, h, w).
 
     Args:
         base: any module; the parallel placement also needs its first argument to be a tensor.
@@ -42,18 +48,31 @@ class Adapter(InjectedModule):
         device: of the new parameters; None means the base's.
 
     Raises:
-        TargetError: when the base's width can neither be read off nor stands in the config.
+        TargetError: when the base's width can neither be read off nor stands in the config, or it cannot be
+            told which dimension has it.
+
+    Example:
+        >>> adapter = minilora.Adapter(nn.Linear(8, 6), minilora.AdapterConfig(bottleneck=2))
+        >>> x = torch.randn(3, 8)
+        >>> torch.equal(adapter(x), adapter.base(x))        # up is zero at first
+        True
     """
 
     kind = "adapter"
+    innermost = False
+    mergeable = False
+
+    config: AdapterConfig
 
     def __init__(
         self, base: nn.Module, config: AdapterConfig, *, site: str = "", device: torch.device | None = None
     ) -> None:
+        require_called(base)
         widths = _widths(base)
         if config.hidden_size is not None:
             # A linear layer knows its own input; other modules are taken to keep the width.
-            widths = (widths[0] if widths else config.hidden_size, config.hidden_size)
+            source = widths.source if widths else config.hidden_size
+            widths = Widths(source, config.hidden_size, widths.spatial if widths else _spatial_dims(base))
         if widths is None:
             raise TargetError(
                 f"the output width of {type(base).__name__} cannot be read off it: "
@@ -61,16 +80,18 @@ class Adapter(InjectedModule):
             )
         super().__init__(base)
         self.config = config
-        d_in, d_out = widths
-        source = d_in if config.placement == "parallel" else d_out
+        self._spatial = widths.spatial
+        source = widths.source if config.placement == "parallel" else widths.out
         if config.bottleneck is not None:
             m = config.bottleneck
         else:
-            m = max(1, int(d_out / config.reduction_factor))  # type: ignore[operator]
-        device, dtype = device or device_of(base), adapter_dtype(base, config.dtype)
+            m = max(1, int(min(widths.out / config.reduction_factor, 2.0**63)))  # type: ignore[operator]
+        if m > WIDEST:
+            raise TargetError(f"a bottleneck of {m} is wider than {WIDEST}, the most there can be")
+        device, dtype = device or device_of(base), dtype_for(base, config.torch_dtype)
         # Made without values: nn.Linear's own draw would move torch's random state.
         self.adapter_down = nn.Linear(source, m, device="meta", dtype=dtype).to_empty(device=device)
-        self.adapter_up = nn.Linear(m, d_out, device="meta", dtype=dtype).to_empty(device=device)
+        self.adapter_up = nn.Linear(m, widths.out, device="meta", dtype=dtype).to_empty(device=device)
         self.adapter_down.training = self.adapter_up.training = base.training
         self.reset_parameters(site)
 
@@ -85,10 +106,10 @@ class Adapter(InjectedModule):
             self.adapter_down.weight.copy_(draw)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the base and add the bottleneck's output to its own, (..., d), in its dtype.
+        """Call the base and add the bottleneck's output to its own, in its shape and dtype.
 
         Raises:
-            TypeError: when what the bottleneck reads, or what the base returns, is not a tensor.
+            TypeError: when what the bottleneck reads, or what the base returns, is not a tensor of its width.
         """
         h = self.base(*args, **kwargs)
         if not self.enabled:
@@ -100,10 +121,17 @@ class Adapter(InjectedModule):
                 f"returns {type(h).__name__}: it must return one tensor (and, for the parallel placement, "
                 "take one as its first positional argument). Choose a module inside it as the target"
             )
+        channels, width = -1 - self._spatial, self.adapter_down.in_features
+        if x.dim() <= self._spatial or x.shape[channels] != width:
+            raise TypeError(
+                f"an adapter around {type(self.base).__name__} reads {width} values in dimension {channels}, "
+                f"and was given a tensor of {tuple(x.shape)}. Choose a module inside it as the target"
+            )
+        x = x.movedim(channels, -1)
         if h.is_meta or not torch.is_autocast_enabled(h.device.type):
             x = x.to(self.adapter_down.weight.dtype)
         delta: Tensor = self.adapter_up(ACTIVATIONS[self.config.activation](self.adapter_down(x)))
-        return h + (self.config.scale * delta).to(h.dtype)
+        return h + (self.config.scale * delta).movedim(-1, channels).to(h.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -116,15 +144,13 @@ class Adapter(InjectedModule):
         Raises:
             AttributeError: when the base has no weight.
         """
-        layer = self.base
-        while isinstance(layer, InjectedModule):
-            layer = layer.base
+        layer = bare_module(self.base)
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor):
             return getattr(layer, "weight")  # type: ignore[no-any-return]  # noqa: B009
         return weight.detach().as_subclass(_DescribedWeight)
 
-    def merge_problem(self) -> str | None:
+    def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return why an adapter has no merged form."""
         return (
             "a bottleneck adapter is not linear and cannot be merged; pass skip_adapters=True to leave it "
@@ -172,17 +198,48 @@ class _DescribedWeight(Tensor):
         )
 
 
-def _widths(module: nn.Module) -> tuple[int, int] | None:
-    """Return the (input, output) widths of a module where they can be read off, else None."""
-    if isinstance(module, InjectedModule):
-        return _widths(module.base)
+class Widths(NamedTuple):
+    """The widths of what a module takes and returns, and how many dimensions stand behind that one."""
+
+    source: int
+    out: int
+    spatial: int = 0
+
+
+def _widths(module: nn.Module) -> Widths | None:
+    """Return the widths of a module where they can be read off, else None."""
+    module = bare_module(module)
     if shape := linear_shape(module):
-        return shape.in_features, shape.out_features
+        return Widths(shape.in_features, shape.out_features)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return module.normalized_shape[-1], module.normalized_shape[-1]
+        return Widths(module.normalized_shape[-1], module.normalized_shape[-1])
+    if isinstance(module, _ConvNd):
+        return Widths(module.in_channels, module.out_channels, len(module.kernel_size))
     if isinstance(module, nn.Sequential):
         known = [widths for child in module if (widths := _widths(child))]
         keeping = (nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh)
-        if known and all(_widths(child) or isinstance(child, keeping) for child in module):
-            return known[0][0], known[-1][1]
+        alike = len({widths.spatial for widths in known}) == 1
+        if alike and all(_widths(child) or isinstance(bare_module(child), keeping) for child in module):
+            return Widths(known[0].source, known[-1].out, known[0].spatial)
     return None
+
+
+def _spatial_dims(module: nn.Module) -> int:
+    """Return how many dimensions follow the channels in what a module returns, told by its layers.
+
+    Raises:
+        TargetError: when convolutions over several dimensions stand beside layers of another kind, so that
+            the channels may be the second dimension or the last.
+    """
+    layers = [layer for layer in module.modules() if own_parameters(layer)]
+    dims = {len(layer.kernel_size) for layer in layers if isinstance(layer, _ConvNd)}
+    if not dims:
+        return 0
+    if len(dims) == 1 and all(isinstance(layer, (_ConvNd, _NormBase, nn.GroupNorm)) for layer in layers):
+        return dims.pop()
+    if dims == {1}:
+        return 0  # a convolution between linear layers, as in Conformer: (b, t, d)
+    raise TargetError(
+        f"{type(module).__name__} holds convolutions beside layers of other kinds, so it cannot be told "
+        "which dimension of its output has the width: choose a module inside it"
+    )

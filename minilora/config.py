@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import torch
 
 from .errors import MiniLoRAError, several
+from .words import foreign_words
 
 Initialisation = Literal["kaiming", "gaussian"]
 Activation = Literal["gelu", "relu", "silu", "tanh"]
 Placement = Literal["sequential", "parallel"]
 
 ConfigType = TypeVar("ConfigType", bound="Config")
+
+WIDEST = 2**31 - 1
+"""The largest rank or width: a layer of it is beyond any memory, and its size still fits torch's integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +31,28 @@ class Config:
 
     kind: ClassVar[str]
 
-    dtype: torch.dtype | None = None
-    """dtype of the adapter's parameters. None: float32, or float64 on a float64 base."""
+    dtype: torch.dtype | str | None = None
+    """dtype of the new parameters, or its name, "bfloat16". None: float32, or float64 on a float64 base."""
+
+    def __new__(cls, *args: Any, **fields: Any) -> Config:
+        """Make the object; before the generated `__init__` can raise a bare TypeError for a foreign word."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if message := foreign_words(fields, known, caller=cls.__name__):
+            raise MiniLoRAError(message)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(
+                self, field.name, plain_dtype(value) if field.name == "dtype" else _plain(value)
+            )
         if problems := list(self._problems()):
             raise MiniLoRAError(several(problems, outcome=f"no {type(self).__name__} was made"))
 
     def _problems(self) -> Iterator[str]:
-        dtype: object = self.dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            yield f"dtype must be a floating-point torch.dtype or None, not {self.dtype!r}"
+        if self.dtype is not None and not is_float_dtype(self.dtype):
+            yield f"dtype must be a floating-point torch.dtype, its name, or None, not {self.dtype!r}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values. Inverse: `from_dict`."""
@@ -45,6 +61,11 @@ class Config:
             fields["dtype"] = str(self.dtype).removeprefix("torch.")
         return fields
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype as torch's own object, whichever way it was given."""
+        return self.dtype if isinstance(self.dtype, torch.dtype) else None
+
     @classmethod
     def from_dict(cls: type[ConfigType], fields: Mapping[str, Any]) -> ConfigType:
         """Build the config from plain JSON values. Inverse: `to_dict`.
@@ -52,16 +73,7 @@ class Config:
         Raises:
             MiniLoRAError: for a field that this version does not know, or a value out of range.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise MiniLoRAError(
-                f"{cls.__name__} has no field {', '.join(map(repr, unknown))}; "
-                f"its fields are {', '.join(sorted(known))}"
-            )
-        values = dict(fields)
-        if isinstance(values.get("dtype"), str):
-            values["dtype"] = getattr(torch, values["dtype"], values["dtype"])
-        return cls(**values)
+        return cls(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +82,20 @@ class LoRAConfig(Config):
 
     Raises:
         MiniLoRAError: listing every field that is out of range.
+
+    Example:
+        >>> minilora.LoRAConfig(r=4, alpha=16).scaling
+        4.0
     """
 
     kind: ClassVar[str] = "lora"
 
     r: int = 8
-    """Rank of the update, from 1 to the smaller side of the layer."""
+    """Rank of the update, at least 1. Above the smaller side of a layer it is honoured, with a warning."""
     alpha: float = 16
-    """The update is scaled by alpha / r (paper, section 4.1)."""
+    """The update is scaled by alpha / r (paper, section 4.1). A negative one takes away what was learnt."""
     dropout: float = 0.0
-    """Probability of dropping an input element on the low-rank path while training; in [0, 1)."""
+    """Probability of dropping an input element on the low-rank path while training; in [0, 1]."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
     init: Initialisation = "kaiming"
@@ -92,12 +108,11 @@ class LoRAConfig(Config):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        if not _is_int(self.r) or self.r < 1:
-            yield f"r must be an int of at least 1, not {self.r!r}"
-        if not _is_real(self.alpha) or self.alpha <= 0:
-            yield f"alpha must be a finite number above 0, not {self.alpha!r}"
-        if not _is_real(self.dropout) or not 0 <= self.dropout < 1:
-            yield f"dropout must be a number in [0, 1), not {self.dropout!r}"
+        yield from _width("r", self.r)
+        if not _is_real(self.alpha):
+            yield f"alpha must be a finite number, not {self.alpha!r}"
+        if not _is_real(self.dropout) or not 0 <= self.dropout <= 1:
+            yield f"dropout must be a number in [0, 1], not {self.dropout!r}"
         if not isinstance(self.rslora, bool):
             yield f"rslora must be True or False, not {self.rslora!r}"
         yield from _choice("init", self.init, get_args(Initialisation))
@@ -111,6 +126,15 @@ class AdapterConfig(Config):
 
     Raises:
         MiniLoRAError: listing every field that is out of range.
+
+    Example:
+        >>> minilora.AdapterConfig().bottleneck
+        64
+        >>> minilora.AdapterConfig(bottleneck=0)
+        Traceback (most recent call last):
+            ...
+        minilora.errors.MiniLoRAError: 1 problem; no AdapterConfig was made:
+          - bottleneck must be an int from 1 to 2147483647, not 0
     """
 
     kind: ClassVar[str] = "adapter"
@@ -138,21 +162,44 @@ class AdapterConfig(Config):
         yield from super()._problems()
         if self.bottleneck is not None and self.reduction_factor is not None:
             yield "give bottleneck or reduction_factor, not both"
-        if self.bottleneck is not None and (not _is_int(self.bottleneck) or self.bottleneck < 1):
-            yield f"bottleneck must be an int of at least 1, not {self.bottleneck!r}"
+        if self.bottleneck is not None:
+            yield from _width("bottleneck", self.bottleneck)
         factor = self.reduction_factor
         if factor is not None and (not _is_real(factor) or factor <= 0):
             yield f"reduction_factor must be a finite number above 0, not {factor!r}"
         if not _is_real(self.scale):
             yield f"scale must be a finite number, not {self.scale!r}"
-        if self.hidden_size is not None and (not _is_int(self.hidden_size) or self.hidden_size < 1):
-            yield f"hidden_size must be an int of at least 1, not {self.hidden_size!r}"
+        if self.hidden_size is not None:
+            yield from _width("hidden_size", self.hidden_size)
         yield from _choice("activation", self.activation, get_args(Activation))
         yield from _choice("placement", self.placement, get_args(Placement))
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def plain_dtype(value: object) -> Any:
+    """Return torch's dtype for its name, with or without "torch."; anything else as it is.
+
+    >>> plain_dtype("bfloat16")
+    torch.bfloat16
+    """
+    found = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    return found if isinstance(found, torch.dtype) else value
+
+
+def is_float_dtype(value: object) -> bool:
+    """Return whether a value is one of torch's dtypes for weights: 16, 32 or 64 bits wide, floating-point."""
+    return value in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _plain(value: object) -> object:
+    """Return Python's own number for one of another library, such as numpy's; anything else as it is."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int) else value
+
+
+def _width(field: str, value: object) -> Iterator[str]:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= WIDEST:
+        yield f"{field} must be an int from 1 to {WIDEST}, not {value!r:.100}"
 
 
 def _is_real(value: object) -> bool:

@@ -87,7 +87,8 @@ def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     """
     dtype = compute_dtype(x)
     h = F.linear(x, lora_A.to(dtype))  # (..., r)
-    if y.dtype != dtype:  # a base that computes in a dtype of its own, as quantised layers may
+    # A base may compute in a dtype of its own, as quantised layers do; a nested tensor cannot be flattened.
+    if y.dtype != dtype or y.is_nested:
         return y + (F.linear(h, lora_B.to(dtype)) * scaling).to(y.dtype)
     out_features, r = lora_B.shape
     # One kernel that scales, multiplies and adds, with no (..., out) tensor in between.
@@ -161,6 +162,21 @@ class _EffectiveLinear(torch.autograd.Function):
         x, w_eff, _, weight, lora_A, lora_B, ctx.scaling, ctx.transposed = inputs
         kept = w_eff if w_eff.dtype.itemsize < weight.dtype.itemsize else None
         ctx.save_for_backward(x, kept, weight, lora_A, lora_B)
+        ctx.save_for_forward(x, w_eff, lora_A, lora_B)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        """Forward mode: dy = dx W_eff^T + s (x dA^T) B^T + s (x A^T) dB^T."""
+        x, w_eff, lora_A, lora_B = ctx.saved_tensors
+        dx, _, _, _, dA, dB, _, _ = tangents
+        parts = []
+        if dx is not None:
+            parts.append(F.linear(dx, w_eff.T if ctx.transposed else w_eff))
+        if dA is not None:
+            parts.append(F.linear(F.linear(x, dA.to(x.dtype)), lora_B.to(x.dtype)) * ctx.scaling)
+        if dB is not None:
+            parts.append(F.linear(F.linear(x, lora_A.to(x.dtype)), dB.to(x.dtype)) * ctx.scaling)
+        return sum(parts[1:], parts[0]) if parts else None
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import torch
 from torch import nn
 
-from .adapter import Adapter
 from .config import AdapterConfig, Config, LoRAConfig
 from .errors import TargetError, quoted, several
-from .head import TrainableHead
-from .lora import LoRALinear
-from .module import (
-    InjectedModule,
-    device_of,
-    injected_modules,
-    named_sites,
-    replace_modules,
-    require_enabled,
-    require_unwrapped,
-)
-from .targets import Targets, choices, describe_sites, head_modules, linear_names_within, select
+from .names import lies_within
+from .plan import Manifest, build
+from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
+from .targets import Targets, choices, head_modules, linear_names_within, select
 from .training import freeze
+from .words import explains_foreign_words
 
 
+@explains_foreign_words
 def inject(
     model: nn.Module,
     targets: Targets,
@@ -37,7 +28,8 @@ def inject(
 ) -> nn.Module:
     """Put a LoRA update or a bottleneck adapter at every site that the targets match, and freeze the base.
 
-    The model's outputs do not change: what is new starts at zero effect. Calling again adds to what is
+    The model's outputs do not change: what is new starts at zero effect. Frozen means frozen: a BatchNorm
+    of the base stays in evaluation, and its running statistics as they are. Calling again adds to what is
     there, LoRA and bottleneck adapters on the same site included. Inverse: `eject`.
 
     Args:
@@ -48,8 +40,8 @@ def inject(
             head and what `trainable` names. Each must match.
         config: a `LoRAConfig` or an `AdapterConfig`.
         trainable: modules to train in full and to save with the adapter, such as ["classifier"]; a copy
-            is trained and the original kept. `()` says that none is meant, and silences the warning that
-            a model with a task head gets for None.
+            is trained and the original kept. A list of modules stands for its members. `()` says that none
+            is meant, and silences the warning that a model with a task head gets for None.
         exclude: targets of the same language that are taken out again. Each must match, too.
 
     Returns:
@@ -57,54 +49,48 @@ def inject(
 
     Raises:
         TargetError: listing every problem with a target or a site; the model is as it was.
-        MiniLoRAError: when the model is wrapped in DDP, FSDP or `torch.compile`.
+        MiniLoRAError: when the model is wrapped in DDP, FSDP or `torch.compile`, or an argument is not one.
         TypeError: when the config is neither of the two.
 
     Warns:
-        UserWarning: when a task head is about to stay frozen and unsaved.
+        UserWarning: when a task head is about to stay frozen and unsaved, or a rank exceeds the smaller
+            side of its layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model = minilora.inject(model, targets=["0"], config=minilora.LoRAConfig(r=2), trainable=["2"])
+        >>> print(minilora.summary(model))
+        Sequential
+        ------------------------------------------------------------
+        site      kind                      parameters  state
+        ------------------------------------------------------------
+        0     x1  LoRA r=2 alpha=16                 32  active
+        2     x1  trained in full (Linear)          18  active
+        ------------------------------------------------------------
+        trainable: 50 parameters, 55.6 % of the base's 90
     """
     require_unwrapped(model)
     if not isinstance(config, (LoRAConfig, AdapterConfig)):
         raise TypeError(f"config must be a LoRAConfig or an AdapterConfig, not {config!r}")
-    heads, problems = select(model, () if trainable is None else trainable, argument="trainable")
-    excluded, more = select(model, exclude, argument="exclude", spared=heads)
+    sites = Sites(model)
+    heads, problems = select(sites, () if trainable is None else trainable, argument="trainable")
+    heads = _members(heads, sites)
+    excluded, more = select(sites, exclude, argument="exclude", left_alone=heads)
     problems += more
-    sites, more = select(model, targets, argument="targets", spared=heads)
+    found, more = select(sites, targets, argument="targets", left_alone=heads)
     problems += more
-    left_out = set(excluded.values())
-    chosen = {name: module for name, module in sites.items() if module not in left_out}
+    chosen = tuple(name for name in found if name not in excluded)
     if not chosen and not more:
         problems.append(
-            "targets: exclude leaves none of the sites that they match" if sites else "targets: none given"
+            "targets: exclude leaves none of the sites that they match" if found else "targets: none given"
         )
-
-    chains = dict(named_sites(model))
-    trained = [name for name, chain in chains.items() if isinstance(chain[0], TrainableHead)]
-    device = device_of(model)
-    failures: dict[str, list[str]] = defaultdict(list)  # message -> sites, so that a stack is one line
-    replacements: dict[nn.Module, nn.Module] = {}
-    for name in chosen:
-        try:
-            old = _place_for(config, name, chains[name], trained)
-            replacements[old] = build(old, config, site=name, device=device_of(old, device))
-        except TargetError as error:
-            failures[str(error)].append(name)
-    for name, head in heads.items():
-        try:
-            require_trainable_in_full(model, name, head, {*chosen, *(heads.keys() - {name})})
-            replacements[head] = TrainableHead(head)
-        except TargetError as error:
-            failures[str(error)].append(name)
-    for message, names in failures.items():
-        instead = sorted({inner for name in names for inner in linear_names_within(model, name)})
-        hint = f"; linear layers inside it: {quoted(instead)}" if instead else ""
-        problems.append(f"{describe_sites(names)}: {message}{hint}")
+    plan, misfits = build(Manifest(((config, chosen),), tuple(heads)), sites)
+    problems += misfits.lines(lambda names: _instead(names, sites))
     if problems:
-        raise TargetError(several(problems, outcome="the model has not been changed", footer=choices(model)))
-
+        raise TargetError(several(problems, outcome="the model has not been changed", footer=choices(sites)))
     if trainable is None:
-        _warn_of_frozen_head(model, chosen)
-    replace_modules(model, replacements)
+        _warn_of_frozen_head(sites, chosen)
+    plan.put_in_place()
     freeze(model)
     return model
 
@@ -121,79 +107,50 @@ def eject(model: nn.Module) -> nn.Module:
 
     Raises:
         MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> layer = model[0]
+        >>> minilora.eject(minilora.inject(model, "0"))[0] is layer
+        True
     """
-    found = require_enabled(model, "eject")
     originals: dict[nn.Module, nn.Module] = {}
-    for wrappers in found.values():
-        for wrapper in wrappers:
-            wrapper.unmerge()
-        originals[wrappers[0]] = wrappers[-1].base
+    for site in require_enabled(model, "eject").values():
+        for wrapper in site.wrappers:
+            wrapper.ejected()
+        originals[site.outermost] = site.bare
     replace_modules(model, originals)
     return model
 
 
-def build(base: nn.Module, config: Config, *, site: str, device: torch.device) -> InjectedModule:
-    """Return the wrapper that a config asks for, around a module that it does not change."""
-    kinds: dict[str, Callable[..., InjectedModule]] = {LoRALinear.kind: LoRALinear, Adapter.kind: Adapter}
-    return kinds[config.kind](base, config, site=site, device=device)
-
-
-def _place_for(config: Config, name: str, chain: list[nn.Module], trained: Iterable[str]) -> nn.Module:
-    """Return the module at a site that the new wrapper shall stand around: LoRA inside, adapters outside."""
-    for above in trained:
-        if f"{name}.".startswith(f"{above}."):
-            raise TargetError(f"lies in {above!r}, which is trained in full; leave it out with exclude=...")
-    for layer in chain:
-        if isinstance(layer, InjectedModule) and layer.kind == config.kind:
-            raise TargetError(
-                f"carries {layer.description()} already; leave it out with exclude=..., "
-                "or call minilora.eject(model) first"
+def _members(heads: dict[str, Site], sites: Sites) -> dict[str, Site]:
+    """Return the sites with every list of modules, which is never called itself, given by its members."""
+    found: dict[str, Site] = {}
+    for name, site in heads.items():
+        if isinstance(site.bare, (nn.ModuleList, nn.ModuleDict)):
+            members = {f"{name}.{child}": sites[f"{name}.{child}"] for child, _ in site.bare.named_children()}
+            found |= _members(
+                {n: m for n, m in members.items() if any(True for _ in m.bare.parameters())}, sites
             )
-    return chain[-1] if config.kind == LoRALinear.kind else chain[0]
+        else:
+            found[name] = site
+    return found
 
 
-def require_trainable_in_full(model: nn.Module, name: str, head: nn.Module, chosen: Iterable[str]) -> None:
-    """Raise where a copy of a module cannot stand for it."""
-    if not any(p.is_floating_point() for p in head.parameters()):
-        raise TargetError("trainable names a module without floating-point parameters")
-    taken = {*chosen, *injected_modules(model)}
-    overlap = [
-        site
-        for site in sorted(taken)
-        if site == name or site.startswith(name + ".") or name.startswith(site + ".")
-    ]
-    if overlap:
-        raise TargetError(
-            "trainable names what is, contains or lies inside an injected site or another trainable module "
-            f"({quoted(overlap)}); choose one of the two"
-        )
-    own_modules, own_parameters = set(head.modules()), {id(p) for p in head.parameters()}
-    outside = [
-        f"{module_name}.{parameter_name}"
-        for module_name, module in model.named_modules()
-        if module not in own_modules
-        for parameter_name, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in own_parameters
-    ]
-    if outside:
-        tied = quoted(outside)
-        raise TargetError(
-            f"trainable names a module whose weight is tied to {tied}; a trained copy would untie them. "
-            "Give it as a target for LoRA instead, or untie the weights first"
-        )
+def _instead(names: list[str], sites: Sites) -> str:
+    inner = linear_names_within(sites, names)
+    return f"; linear layers inside it: {quoted(inner)}" if inner else ""
 
 
-def _warn_of_frozen_head(model: nn.Module, chosen: Iterable[str]) -> None:
-    trained = {*chosen, *injected_modules(model)}
+def _warn_of_frozen_head(sites: Sites, chosen: Iterable[str]) -> None:
+    trained = {*chosen, *(n for n, s in sites.injected().items() if any(w.trains for w in s.wrappers))}
     frozen = [
-        name
-        for name in head_modules(model)
-        if not any(site == name or site.startswith(name + ".") for site in trained)
+        name for name in head_modules(sites.model) if not any(lies_within(site, name) for site in trained)
     ]
     if frozen:
         warnings.warn(
-            f"{quoted(frozen)} of this {type(model).__name__} stays frozen and will not be saved with "
+            f"{quoted(frozen)} of this {type(sites.model).__name__} stays frozen and will not be saved with "
             f"the adapter. If it is new, pass trainable={frozen!r}; if frozen is meant, pass trainable=()",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -1,12 +1,13 @@
-"""What counts as a linear layer, and how it stores its weight."""
+"""What counts as a linear layer, how it stores its weight, and whether its call is plain."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch import Tensor, nn
+
+from .config import is_float_dtype
+from .torch_internals import has_hooks, own_parameters
 
 
 class LinearShape(NamedTuple):
@@ -24,7 +25,7 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     module that says so by its integer `in_features` and `out_features`, as quantised layers do.
     """
     if _is_conv1d(module):
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        weight: Tensor = module.weight  # type: ignore[assignment]
         rows, columns = weight.shape
         return LinearShape(out_features=columns, in_features=rows, transposed=True)
     out_features = getattr(module, "out_features", None)
@@ -36,32 +37,41 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     return LinearShape(out_features, in_features, transposed=False)
 
 
-def has_plain_weight(module: nn.Module) -> bool:
-    """Return whether the layer's weight is an ordinary floating-point parameter that can be merged into.
+def plain_weight(module: nn.Module) -> nn.Parameter | None:
+    """Return the layer's weight where it is an ordinary parameter that can be computed with, else None.
 
-    Packed, quantised and distributed weights are tensor subclasses, non-floating, or no tensors at all.
+    A packed, quantised or distributed weight is a tensor subclass, not of a dtype for weights, or no tensor
+    at all; a parametrized one is computed anew at each reading. None of them is read to find out.
     """
-    weight: object = getattr(module, "weight", None)
-    return (
-        isinstance(weight, torch.Tensor)
-        and type(weight) in (torch.Tensor, nn.Parameter)
-        and weight.is_floating_point()
-    )
+    weight = own_parameters(module).get("weight")
+    if type(weight) is nn.Parameter and is_float_dtype(weight.dtype):
+        return weight
+    return None
 
 
 def computes_plainly(module: nn.Module) -> bool:
-    """Return whether calling the module does nothing but F.linear with its own plain weight and bias.
+    """Return whether calling the module does nothing but F.linear with its own plain weight and bias."""
+    return plain_weight(module) is not None and call_problem(module) is None and not is_managed(module)
 
-    A subclass may do more, hooks may watch or change the call, and libraries that move weights between
-    devices replace `forward` on the instance.
+
+def call_problem(module: nn.Module) -> str | None:
+    """Return why W + s B A in the place of W would not do what the layer and its update do, or None.
+
+    A subclass may compute something else from its weight, and hooks may change what goes in or comes out.
     """
-    return (
-        (type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) or _is_conv1d(module))
-        and has_plain_weight(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in vars(module)
-    )
+    kind = type(module)
+    if not (_is_conv1d(module) or getattr(kind, "forward", None) is nn.Linear.forward):
+        return f"{kind.__name__} computes in a way of its own, not y = x W^T + b as nn.Linear does"
+    if has_hooks(module):
+        return "it has hooks, which may change what it computes; remove them first"
+    if "forward" in vars(module) and not is_managed(module):
+        return "its forward has been replaced on the instance"
+    return None
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Return whether accelerate moves the layer's input, and its weights perhaps, at each call."""
+    return "_hf_hook" in vars(module)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -6,17 +6,21 @@ import warnings
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .config import is_float_dtype, plain_dtype
 from .errors import MergeError, MiniLoRAError, quoted, several
-from .module import InjectedModule, replace_modules, require_enabled, require_injected
-from .targets import describe_sites
+from .module import InjectedModule
+from .plan import Problems
+from .sites import Site, replace_modules, require_enabled, require_injected
+from .torch_internals import own_parameters, own_tensors, persistent_buffers, put_buffer
 
 
 def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
     """Let every LoRA layer compute with W_eff = W + scaling B A, at the base's own speed.
 
-    The originals are kept, untouched; merging twice is merging once. Inverse: `unmerge`.
+    The originals are kept, untouched; merging twice is merging once. A merged layer does not train: its
+    forward raises in training mode with gradients. Inverse: `unmerge`.
 
     Args:
         model: an injected model; changed in place.
@@ -28,16 +32,20 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
     Raises:
         MergeError: naming each site that cannot be merged; the model is as it was.
         MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0").eval()
+        >>> minilora.merge(model)[0].merged
+        True
     """
-    layers = [layer for _, layer in _mergeable(model, skip_adapters) if not layer.merged]
-    done: list[InjectedModule] = []
+    wrappers = _mergeable(require_enabled(model, "merge"), skip_adapters)
+    wrappers = [wrapper for wrapper in wrappers if not wrapper.merged]
     try:
-        for layer in layers:
-            layer.merge()
-            done.append(layer)
+        for wrapper in wrappers:
+            wrapper.merge()
     except BaseException:  # out of memory, or Ctrl-C: whole or not at all
-        for layer in done:
-            layer.unmerge()
+        for wrapper in wrappers:
+            wrapper.unmerge()
         raise
     return model
 
@@ -52,14 +60,22 @@ def unmerge(model: nn.Module) -> nn.Module:
 
     Raises:
         MiniLoRAError: when the model carries no injection.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> weight = model[0].base.weight
+        >>> minilora.unmerge(minilora.merge(model))[0].base.weight is weight
+        True
     """
-    for wrappers in require_injected(model).values():
-        for wrapper in wrappers:
+    for site in require_injected(model).values():
+        for wrapper in site.wrappers:
             wrapper.unmerge()
     return model
 
 
-def fuse(model: nn.Module, *, dtype: torch.dtype | None = None, skip_adapters: bool = False) -> nn.Module:
+def fuse(
+    model: nn.Module, *, dtype: torch.dtype | str | None = None, skip_adapters: bool = False
+) -> nn.Module:
     """Make the model plain again with the training in its weights, for serving. Final.
 
     Each LoRA layer gives way to its base with W_eff as weight, accumulated in float32 and rounded once;
@@ -68,65 +84,102 @@ def fuse(model: nn.Module, *, dtype: torch.dtype | None = None, skip_adapters: b
 
     Args:
         model: an injected model; changed in place.
-        dtype: None keeps each weight's own. Otherwise floating parameters and buffers of the whole model
-            are cast to it; buffers that are not part of `state_dict`, such as tables of rotary
-            frequencies, keep the precision that they were computed in.
+        dtype: a floating-point dtype or its name. None keeps each weight's own. Otherwise floating
+            parameters and buffers of the whole model are cast to it; buffers that are not part of
+            `state_dict`, such as tables of rotary frequencies, keep the precision that they were computed in.
         skip_adapters: leave bottleneck adapters, which cannot be fused, as they are.
 
     Returns:
         The model itself.
 
     Raises:
-        MergeError: naming each site that cannot be fused; the model is as it was.
+        MergeError: naming each site that cannot be fused, and each tensor with values beyond the dtype; the
+            model is as it was.
         MiniLoRAError: when the model carries no injection, is inside `minilora.disabled`, or the dtype is
             not a floating-point one.
 
     Warns:
         UserWarning: when a fused weight was tied to another one, from which it now differs.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> minilora.fuse(model, dtype="bfloat16")[0]
+        Linear(in_features=4, out_features=2, bias=True)
     """
-    if dtype is not None and not dtype.is_floating_point:
+    to: torch.dtype | None = plain_dtype(dtype)
+    if to is not None and not is_float_dtype(to):
         raise MiniLoRAError(
-            f"fuse casts to floating-point dtypes, not to {dtype}; the model has not been changed"
+            f"fuse casts to floating-point dtypes, not to {dtype!r}; the model has not been changed"
         )
-    layers = _mergeable(model, skip_adapters)
-    _warn_of_loosened_ties(model, layers)
+    injected = require_enabled(model, "fuse")
+    wrappers = _mergeable(injected, skip_adapters, to)
+    if to is not None and (problems := _beyond(model, to, wrappers)):
+        raise MergeError(several(problems, outcome="the model has not been changed"))
+    _warn_of_loosened_ties(model, injected, wrappers)
     plain: dict[nn.Module, nn.Module] = {}
     try:
-        for _, layer in layers:
-            plain[layer] = layer.fused(dtype)
+        for wrapper in wrappers:
+            plain[wrapper] = wrapper.fused(to)
     finally:  # also when memory runs out: a base with W_eff must not stay inside its wrapper
         replace_modules(model, plain)
-    if dtype is not None:
-        _cast(model, dtype)
+    if to is not None:
+        _cast(model, to)
     return model
 
 
-def _mergeable(model: nn.Module, skip_adapters: bool) -> list[tuple[str, InjectedModule]]:
-    """Return the layers to merge with their sites, or raise with every reason why some cannot be."""
-    layers: list[tuple[str, InjectedModule]] = []
-    obstacles: dict[str, list[str]] = {}
-    for site, wrappers in require_enabled(model, "merge and fuse").items():
-        for wrapper in wrappers:
-            if wrapper.kind == "adapter" and skip_adapters:
+def _mergeable(
+    injected: dict[str, Site], skip_adapters: bool, dtype: torch.dtype | None = None
+) -> list[InjectedModule]:
+    """Return the wrappers to merge, or raise with every reason why some cannot be."""
+    wrappers: list[InjectedModule] = []
+    obstacles = Problems()
+    for name, site in injected.items():
+        for wrapper in site.wrappers:
+            if not wrapper.mergeable and skip_adapters:
                 continue
-            if problem := wrapper.merge_problem():
-                obstacles.setdefault(problem, []).append(site)
-            layers.append((site, wrapper))
+            if problem := wrapper.merge_problem(dtype):
+                obstacles.add(name, problem)
+            wrappers.append(wrapper)
     if obstacles:
-        problems = [f"{describe_sites(sites)}: {problem}" for problem, sites in obstacles.items()]
-        raise MergeError(several(problems, outcome="the model has not been changed"))
-    return layers
+        raise MergeError(several(obstacles.lines(), outcome="the model has not been changed"))
+    if any(not wrapper.mergeable for site in injected.values() for wrapper in site.wrappers):
+        # What stays goes on training, and the base's statistics must not.
+        wrappers = [wrapper for wrapper in wrappers if wrapper.trains]
+    return wrappers
 
 
-def _warn_of_loosened_ties(model: nn.Module, layers: Iterable[tuple[str, InjectedModule]]) -> None:
+def _beyond(model: nn.Module, dtype: torch.dtype, wrappers: Iterable[InjectedModule]) -> list[str]:
+    """Return the tensors with values too large for a dtype, but for those that merging replaces."""
+    replaced = {id(p) for wrapper in wrappers for p in wrapper.replaced_by_merging()}
+    largest = torch.finfo(dtype).max
+    found = [
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+        and is_float_dtype(tensor.dtype)
+        and torch.finfo(tensor.dtype).max > largest
+        and id(tensor) not in replaced
+        and not tensor.is_meta
+        and tensor.numel()
+        and bool((torch.isfinite(tensor) & (tensor.abs() > largest)).any())
+    ]
+    return [f"{quoted(found)}: values beyond {largest:g}, the largest of {dtype}"] if found else []
+
+
+def _warn_of_loosened_ties(
+    model: nn.Module, injected: dict[str, Site], wrappers: Iterable[InjectedModule]
+) -> None:
     owners: dict[int, set[nn.Module]] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in own_parameters(module).values():
             owners.setdefault(id(parameter), set()).add(module)
+    fused = set(wrappers)
     tied = [
-        f"{site}.weight"
-        for site, layer in layers
-        if layer.kind == "lora" and owners.get(id(layer.base_weight()), set()) - {layer.base}
+        f"{name}.weight"
+        for name, site in injected.items()
+        for wrapper in site.wrappers
+        if wrapper in fused
+        and any(owners.get(id(p), set()) - {site.bare} for p in wrapper.replaced_by_merging())
     ]
     if tied:
         warnings.warn(
@@ -142,6 +195,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                module._buffers[name] = buffer.to(dtype)
+        tensors = own_tensors(module)
+        for name in list(persistent_buffers(module)):
+            if name in tensors and tensors[name].is_floating_point():
+                put_buffer(module, name, tensors[name].to(dtype))

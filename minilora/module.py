@@ -1,4 +1,4 @@
-"""`InjectedModule`: the one idea that everything rests on, and how injected modules are found and swapped.
+"""`InjectedModule`: the one idea that everything rests on.
 
 A site is a place in a model. Injection puts a wrapper there, which owns the module it found as `base`:
 
@@ -13,14 +13,17 @@ the wrapper gives the same object back; and a model's state is read off its modu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
-from .errors import MiniLoRAError, quoted
+from .config import Config, is_float_dtype
+from .errors import MiniLoRAError, TargetError
+from .linear import linear_shape
+from .torch_internals import own_parameters, own_tensors, put_parameter
 
 
 class InjectedModule(nn.Module):
@@ -29,13 +32,30 @@ class InjectedModule(nn.Module):
     What a subclass adds beside `base`, as parameters or modules, is what is trained and saved. A public
     attribute that the wrapper does not have itself is looked up on the base, so that code which reads
     `layer.in_features` or `block.num_heads` goes on working.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> isinstance(model[0], minilora.InjectedModule), type(model[0].base).__name__
+        (True, 'Linear')
+        >>> model[0].in_features
+        4
     """
 
     kind: ClassVar[str]
     """The name of this kind of injection, in files and in summaries."""
+    innermost: ClassVar[bool] = True
+    """Whether a new wrapper goes next to the bare module, inside those that are there; else around them."""
+    mergeable: ClassVar[bool] = True
+    """Whether this kind can be merged and fused at all; `merge_problem` knows the exceptions."""
+    trains: ClassVar[bool] = True
+    """Whether this kind brings something that is trained, saved, and written down in a file's manifest."""
+    trains_whole_module: ClassVar[bool] = False
+    """Whether what is inside the site is trained as it is, so that nothing else can be injected there."""
 
     base: nn.Module
     """The module that was at the site before."""
+    config: Config | None = None
+    """What the wrapper was built from; None for kinds that have nothing to configure."""
     enabled: bool
     """Whether the wrapper has its effect; False only inside `minilora.disabled`."""
 
@@ -44,43 +64,74 @@ class InjectedModule(nn.Module):
         self.base = base
         self.enabled = True
         self.training = base.training  # self.train(...) would also set the base's modules
+        # A function of this file, not a bound method: a copy of the wrapper must not load into the original.
+        self.register_load_state_dict_pre_hook(_take_bare_checkpoint)  # type: ignore[no-untyped-call]
 
     @property
     def merged(self) -> bool:
         """Whether the base computes with a merged weight at present."""
         return False
 
+    def begin(self) -> None:
+        """Do what remains to be done once the wrapper stands in the model. Nothing for most kinds."""
+
     def description(self) -> str:
         """Return a few words for `summary`: the kind and what sets it apart."""
         raise NotImplementedError
 
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Return what is trained and saved here, by the names that a file uses below the site's own name."""
-        return self._own_state()
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return what is trained and saved here, by the names that a file uses below the site's own name.
 
-    def load_adapter_state(self, values: dict[str, Tensor], *, assign: bool) -> None:
-        """Take the values of `adapter_state` from a dictionary of the same names. Inverse: `adapter_state`.
+        The tensors themselves, not copies.
+        """
+        return self.own_state()
+
+    @torch.no_grad()
+    def load_saved_state(self, values: dict[str, Tensor]) -> None:
+        """Take the values of `saved_state` from a dictionary of the same names. Inverse: `saved_state`.
+
+        Nothing but these tensors is written; the base's own loading code does not run.
 
         Args:
-            values: tensors on the right device, of the right shapes and dtypes.
-            assign: make the values themselves the parameters' data, instead of copying them in place.
+            values: tensors on the right device, of the right shapes and dtypes. Where a parameter has no
+                values yet (it is on the meta device), the tensor given becomes its data.
         """
-        self.load_state_dict(values, strict=False, assign=assign)
+        for name, live in self.saved_state().items():
+            if live.is_meta and not values[name].is_meta:
+                owner, _, leaf = name.rpartition(".")
+                new = nn.Parameter(values[name], requires_grad=live.requires_grad)
+                put_parameter(self.get_submodule(owner), leaf, new)
+            else:
+                live.copy_(values[name])
 
-    def _own_state(self) -> dict[str, Tensor]:
+    def own_state(self) -> dict[str, Tensor]:
         """Return the tensors beside the base, by their names in this module; the tensors themselves."""
-        state: dict[str, Tensor] = dict(self._parameters)  # type: ignore[arg-type]
-        for name, child in self._modules.items():
-            if name != "base" and child is not None:
+        state = own_tensors(self)
+        for name, child in self.named_children():
+            if child is not self.base:
                 state |= child.state_dict(prefix=f"{name}.", keep_vars=True)
         return state
 
-    def base_weight(self) -> object:
-        """Return the `weight` of the base as it is without any injection, or None where it has none."""
-        return getattr(self.base, "weight", None)
+    def signed_weight(self) -> Tensor | str | None:
+        """Return the weight of the base by which a file knows the base again.
 
-    def merge_problem(self) -> str | None:
-        """Return why this wrapper cannot be merged or fused, or None when it can."""
+        Returns:
+            The weight as it is without any injection; or why it cannot be told, in words; or None where
+            this site says nothing about the base.
+        """
+        if isinstance(self.base, InjectedModule):
+            return self.base.signed_weight()
+        weight = own_tensors(self.base).get("weight")
+        if weight is None and not (linear_shape(self.base) or is_parametrized(self.base, "weight")):
+            return None
+        return signable(weight)
+
+    def replaced_by_merging(self) -> tuple[nn.Parameter, ...]:
+        """Return the parameters of the base that a merged one takes the place of."""
+        return ()
+
+    def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
+        """Return why this wrapper cannot be merged or fused, in `dtype` if given, or None when it can."""
         return None
 
     def merge(self) -> None:
@@ -89,11 +140,20 @@ class InjectedModule(nn.Module):
     def unmerge(self) -> None:
         """Put the original weights back. Inverse: `merge`."""
 
+    def set_aside(self) -> AbstractContextManager[None]:
+        """Return a context in which the original weights are back; on the way out, the merged ones are."""
+        return nullcontext()
+
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the plain module that computes what this wrapper does. Final; `minilora.fuse` calls it."""
         raise NotImplementedError
 
-    def _answering(self) -> nn.Module:
+    def ejected(self) -> nn.Module:
+        """Return the base as it was. Final; `minilora.eject` calls it."""
+        self.unmerge()
+        return self.base
+
+    def answering(self) -> nn.Module:
         """Return the module that answers for attributes which the wrapper does not have."""
         return self.base
 
@@ -102,123 +162,83 @@ class InjectedModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # Private names are the business of whoever set them, on that very module.
-            if name.startswith("_") or "base" not in self._modules:
+            if name.startswith("_") or "base" not in self.__dict__.get("_modules", ()):
                 raise
-            return getattr(self._answering(), name)
+            return getattr(self.answering(), name)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Let a checkpoint of the bare model load: its keys have no `base.`, and nothing of the adapter."""
-        own = self._own_state()
-        bare = [
-            key
-            for key in state_dict
-            if key.startswith(prefix)
-            and not key.startswith(prefix + "base.")
-            and key[len(prefix) :] not in own
-            and not key.endswith("_extra_state")
-        ]
-        if bare:
-            for name, tensor in own.items():
-                state_dict.setdefault(prefix + name, self._initial(name, tensor, state_dict, prefix))
-            for key in bare:
-                state_dict[f"{prefix}base.{key[len(prefix) :]}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a parameter under a name that the base has goes to the base.
 
-    def _initial(self, name: str, tensor: Tensor, state_dict: dict[str, Any], prefix: str) -> Tensor:
-        """Return the value that an own tensor takes when a bare checkpoint is loaded: the one it has."""
+        So code that ties weights by assignment, as transformers' `tie_weights` does, reaches the layer.
+        """
+        base = self.__dict__.get("_modules", {}).get("base")
+        if isinstance(value, nn.Parameter) and base is not None and name in own_parameters(bare_module(base)):
+            if self.merged:
+                raise MiniLoRAError(f"{name!r} cannot be set on a merged layer; call minilora.unmerge first")
+            setattr(base, name, value)
+            return
+        super().__setattr__(name, value)
+
+    def initial_value(self, name: str, tensor: Tensor, bare: dict[str, Tensor]) -> Tensor:
+        """Return the value that an own tensor takes when a checkpoint of the bare model is loaded.
+
+        Args:
+            name: of the tensor, as in `own_state`.
+            tensor: its present value, which it keeps.
+            bare: the checkpoint's tensors for this site, by their names below it.
+        """
         return tensor
 
 
-def named_sites(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, list[nn.Module]]]:
-    """Yield every place in a model under its name in the bare model, with the modules that stand there.
-
-    The list goes from the outermost wrapper to the bare module; it has one element where nothing was
-    injected. What wrappers added is left out. A shared module comes under each of its names.
-    """
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        chain = [child]
-        while isinstance(chain[-1], InjectedModule):
-            chain.append(chain[-1].base)
-        yield prefix + name, chain
-        yield from named_sites(chain[-1], f"{prefix}{name}.")
+def signable(weight: Tensor | None) -> Tensor | str:
+    """Return a weight by which a base can be known again, or why it cannot."""
+    if type(weight) not in (Tensor, nn.Parameter) or not is_float_dtype(weight.dtype):  # type: ignore[union-attr]
+        return "quantised, or otherwise no plain weight"
+    return "on the meta device, without values" if weight.is_meta else weight  # type: ignore[union-attr, return-value]
 
 
-def injected_modules(model: nn.Module) -> dict[str, list[InjectedModule]]:
-    """Return the wrappers of a model by site, outermost first; a shared module under its first name."""
-    found: dict[str, list[InjectedModule]] = {}
-    seen: set[nn.Module] = set()
-    for name, chain in named_sites(model):
-        wrappers = [layer for layer in chain if isinstance(layer, InjectedModule)]
-        if wrappers and chain[-1] not in seen:
-            seen.add(chain[-1])
-            found[name] = wrappers
-    return found
-
-
-def require_injected(model: nn.Module) -> dict[str, list[InjectedModule]]:
-    """Return `injected_modules`, or raise where there are none.
+def require_called(base: nn.Module) -> None:
+    """Raise for a container that is only read, as `nn.ModuleList` is: around it, nothing would be called.
 
     Raises:
-        MiniLoRAError: when the model carries no injection, or is itself inside a wrapper of torch's.
+        TargetError: naming its type.
     """
-    require_unwrapped(model)
-    found = injected_modules(model)
-    if not found:
-        raise MiniLoRAError(
-            f"this {type(model).__name__} carries no injection (none yet, or ejected or fused): "
-            'call minilora.inject(model, targets=["query", "value"]) or minilora.load(model, path) first'
-        )
-    return found
+    if type(base).forward is nn.Module.forward and "forward" not in vars(base):
+        raise TargetError(f"a {type(base).__name__} is never called itself; choose the modules inside it")
 
 
-def require_enabled(model: nn.Module, act: str) -> dict[str, list[InjectedModule]]:
-    """Return `injected_modules`, or raise where there are none, or where they are disabled at present.
+def bare_module(module: nn.Module) -> nn.Module:
+    """Return the module that wrappers stand around, or the module itself."""
+    while isinstance(module, InjectedModule):
+        module = module.base
+    return module
 
-    Raises:
-        MiniLoRAError: as `require_injected` does, and inside `minilora.disabled`, naming the act.
+
+def _take_bare_checkpoint(
+    wrapper: InjectedModule, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Let a checkpoint of the bare model load: its keys have no `base.`, and nothing of what is trained.
+
+    A key that begins with "base." belongs to an injected model's checkpoint, unless the bare module has a
+    child of that name and the checkpoint nothing of this wrapper's own.
     """
-    found = require_injected(model)
-    if not all(wrapper.enabled for wrappers in found.values() for wrapper in wrappers):
-        raise MiniLoRAError(f"{act} cannot work inside minilora.disabled; leave its block first")
-    return found
-
-
-def require_unwrapped(model: nn.Module) -> None:
-    """Raise where the model is inside DDP, FSDP or torch.compile, whose names and copies are not ours.
-
-    And where it has lazy modules without a shape yet, whose parameters cannot even be frozen.
-
-    Raises:
-        MiniLoRAError: naming the wrapper, or the parameters, and what to write instead.
-    """
-    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
-        raise MiniLoRAError(f"{quoted(lazy)} have no shape yet (lazy modules): call the model once first")
-    fixes = {
-        "DistributedDataParallel": "work on the model inside, `ddp.module`; wrap in DDP after injecting",
-        "DataParallel": "work on the model inside, `parallel.module`; wrap after injecting",
-        "FullyShardedDataParallel": "inject or load first, then wrap in FSDP; gather a full model to save",
-        "FSDPModule": "inject or load first, then call fully_shard; gather a full model to save",
-        "OptimizedModule": "work on the model inside, `compiled._orig_mod`; compile after injecting",
-    }
-    for kind in {type(module) for module in model.modules()}:
-        for parent in kind.__mro__:
-            # By name: importing torch.distributed.fsdp for an isinstance check takes seconds.
-            if parent.__name__ in fixes and parent.__module__.startswith("torch."):
-                name = next(name for name, module in model.named_modules() if type(module) is kind)
-                where = f"{name!r} is" if name else "the model is"
-                raise MiniLoRAError(f"{where} wrapped in {parent.__name__}: {fixes[parent.__name__]}")
-
-
-def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in the place of the old one, under all of the old one's parents."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
+    own = wrapper.own_state()
+    below = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+    has_own = any(name in own for name in below)
+    bare_keys = set(bare_module(wrapper).state_dict(keep_vars=True)) if not has_own else set()
+    bare = [
+        name
+        for name in below
+        if name not in own
+        and not name.endswith("_extra_state")
+        and (not name.startswith("base.") or name in bare_keys)
+    ]
+    if bare:
+        values = {name: state_dict[prefix + name] for name in bare}
+        for name, tensor in own.items():
+            state_dict.setdefault(prefix + name, wrapper.initial_value(name, tensor, values))
+        for name in bare:
+            state_dict[f"{prefix}base.{name}"] = state_dict.pop(prefix + name)
 
 
 def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device:
@@ -228,7 +248,7 @@ def device_of(module: nn.Module, default: torch.device | None = None) -> torch.d
     return default or torch.device("cpu")
 
 
-def adapter_dtype(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
+def dtype_for(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of new parameters at a module: as asked, else float32, float64 on a float64 base.
 
     float32 masters under a 16-bit base lose no small updates; they cost little, being small.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from torch import nn
 
-from .errors import listed
-from .head import TrainableHead
 from .linear import linear_shape
-from .module import named_sites
+from .names import ends_with, generic, nearest, outermost_of, suffix_counts
+from .sites import Site, Sites
 
 Target: TypeAlias = "str | re.Pattern[str] | Callable[[str, nn.Module], bool]"
 """A full dotted name or a whole-segment suffix of one; a compiled pattern, matched in full; or a predicate
@@ -25,21 +23,20 @@ ALL_LINEAR = "all-linear"
 
 
 def select(
-    model: nn.Module, targets: Targets, *, argument: str, spared: Iterable[str] = ()
-) -> tuple[dict[str, nn.Module], list[str]]:
-    """Return the modules that the targets match, and every problem met on the way.
+    sites: Sites, targets: Targets, *, argument: str, left_alone: Iterable[str] = ()
+) -> tuple[dict[str, Site], list[str]]:
+    """Return the sites that the targets match, and every problem met on the way.
 
     Args:
-        model: the model, injected or bare; names are those of the bare model.
+        sites: of the model, injected or bare; names are those of the bare model.
         targets: one target or several.
         argument: what the user calls these targets, for the messages.
-        spared: names of modules that "all-linear" leaves alone, with all that is in them.
+        left_alone: names of modules that "all-linear" does not reach, with all that is in them.
 
     Returns:
-        The bare modules by name, in the model's order, a shared one under its first name only; and a
-        message for each target that is malformed or matches nothing.
+        The sites by name, in the model's order, a shared module under its first name only; and a message
+        for each target that is malformed or matches nothing.
     """
-    named = [(name, chain[-1]) for name, chain in named_sites(model)]
     problems: list[str] = []
     matched: set[nn.Module] = set()
     for target in _as_list(targets):
@@ -53,18 +50,13 @@ def select(
             )
             continue
         if target == ALL_LINEAR:
-            found = _all_linear(model, named, spared)
+            found = _all_linear(sites, left_alone)
         else:
-            found = {module for name, module in named if _matches(target, name, module)}
+            found = {site.bare for site in sites.values() if _matches(target, site)}
         if not found:
-            problems.append(f"{argument}: {_shown(target)} matches no module{_hint(target, named)}")
+            problems.append(f"{argument}: {_shown(target)} matches no module{_hint(target, sites)}")
         matched |= found
-    sites: dict[str, nn.Module] = {}
-    for name, module in named:
-        if module in matched:
-            matched.remove(module)
-            sites[name] = module
-    return sites, problems
+    return {site.name: site for site in sites.unique() if site.bare in matched}, problems
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -74,14 +66,15 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     is surprised to find it frozen. A model without `base_model_prefix` has no head that could be known.
     """
     backbone = getattr(model, "base_model_prefix", None)
-    if not isinstance(backbone, str) or backbone not in model._modules:
+    children = dict(model.named_children())
+    if not isinstance(backbone, str) or backbone not in children:
         return {}
-    pretrained = {id(p) for p in getattr(model, backbone).parameters()}
+    pretrained = {id(p) for p in children[backbone].parameters()}
     if (output := output_embedding(model)) is not None:
         pretrained |= {id(p) for p in output.parameters()}
     return {
         name: child
-        for name, child in model.named_children()
+        for name, child in children.items()
         if name != backbone and any(id(p) not in pretrained for p in child.parameters())
     }
 
@@ -93,13 +86,19 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
     return output if isinstance(output, nn.Module) else None
 
 
-def choices(model: nn.Module, limit: int = 20) -> str:
+def choices(sites: Sites, limit: int = 20) -> str:
     """Return a table of the model's linear layers, layers of a stack on one line."""
+    if linear_shape(sites.model):
+        kind = type(sites.model).__name__
+        return (
+            f"The model is itself a {kind}, and a site is a module inside a model: "
+            'model = nn.Sequential(layer), and "0" as the target'
+        )
     groups: Counter[tuple[str, str]] = Counter()
-    for name, chain in named_sites(model):
-        if shape := linear_shape(chain[-1]):
-            kind = f"{type(chain[-1]).__name__} {shape.in_features} -> {shape.out_features}"
-            groups[generic_name(name), kind] += 1
+    for name, site in sites.items():
+        if shape := linear_shape(site.bare):
+            kind = f"{type(site.bare).__name__} {shape.in_features} -> {shape.out_features}"
+            groups[generic(name), kind] += 1
     if not groups:
         return "This model has no linear layers."
     width = max(len(name) for name, _ in list(groups)[:limit])
@@ -109,19 +108,15 @@ def choices(model: nn.Module, limit: int = 20) -> str:
     return "\n".join(["To choose from, the linear layers of this model (* is any index):", *lines])
 
 
-def generic_name(name: str) -> str:
-    """Return a name with its indices as stars: `layer.3.query` -> `layer.*.query`."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def linear_names_within(model: nn.Module, site: str) -> list[str]:
-    """Return the linear layers inside a site, as targets that a user could write instead."""
-    own = site.rsplit(".", 1)[-1]
-    return [
-        f"{own}.{name.removeprefix(site + '.')}"
-        for name, chain in named_sites(model)
-        if name.startswith(site + ".") and linear_shape(chain[-1])
-    ]
+def linear_names_within(sites: Sites, outer: Iterable[str]) -> list[str]:
+    """Return the linear layers inside some sites, as targets that a user could write instead."""
+    names = set(outer)
+    found: dict[str, None] = {}
+    for name, site in sites.items():
+        above = outermost_of(name, names)
+        if above is not None and above != name and linear_shape(site.bare):
+            found[f"{above.rsplit('.', 1)[-1]}.{name.removeprefix(above + '.')}"] = None
+    return sorted(found)
 
 
 def _as_list(targets: Targets) -> list[Target]:
@@ -130,26 +125,22 @@ def _as_list(targets: Targets) -> list[Target]:
     return list(targets)
 
 
-def _matches(target: Target, name: str, module: nn.Module) -> bool:
+def _matches(target: Target, site: Site) -> bool:
     if isinstance(target, str):
-        return name == target or name.endswith("." + target)
+        return ends_with(site.name, target)
     if isinstance(target, re.Pattern):
-        return target.fullmatch(name) is not None
-    return bool(target(name, module))
+        return target.fullmatch(site.name) is not None
+    return bool(target(site.name, site.bare))
 
 
-def _all_linear(
-    model: nn.Module, named: list[tuple[str, nn.Module]], spared: Iterable[str]
-) -> set[nn.Module]:
-    heads = {name for name, chain in named_sites(model) if isinstance(chain[0], TrainableHead)}
-    left_alone = {*spared, *heads, *head_modules(model)}
-    output = output_embedding(model)
+def _all_linear(sites: Sites, left_alone: Iterable[str]) -> set[nn.Module]:
+    trained = {s.name for s in sites.unique() if any(w.trains_whole_module for w in s.wrappers)}
+    spared = {*left_alone, *trained, *head_modules(sites.model)}
+    output = output_embedding(sites.model)
     return {
-        module
-        for name, module in named
-        if linear_shape(module)
-        and module is not output
-        and not any(name == spare or name.startswith(spare + ".") for spare in left_alone)
+        site.bare
+        for name, site in sites.items()
+        if linear_shape(site.bare) and site.bare is not output and outermost_of(name, spared) is None
     }
 
 
@@ -159,40 +150,23 @@ def _shown(target: Target) -> str:
     return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
 
 
-def _hint(target: Target, named: list[tuple[str, nn.Module]]) -> str:
+def _hint(target: Target, sites: Sites) -> str:
     """Return what the user may have meant, for a target that matches nothing."""
     if isinstance(target, re.Pattern):
         return " in full (a pattern must match the whole dotted name; begin it with '.*')"
-    if not isinstance(target, str) or target == ALL_LINEAR:
+    if not isinstance(target, str):
         return ""
-    counts = _suffix_counts(name for name, _ in named)
-    near = difflib.get_close_matches(target, counts, n=3, cutoff=0.6)
-    # A part of a name is the other usual slip: "attention.q" for "attention.self.query".
-    near += [s for s in counts if target in s and s not in near and s.count(".") == target.count(".")][
-        : 3 - len(near)
-    ]
+    if target == ALL_LINEAR:
+        some = any(linear_shape(site.bare) for site in sites.values())
+        return (
+            ": every linear layer is the output head, or in what `trainable` names; name the layer itself"
+            if some
+            else ""
+        )
+    if target.lower().replace("_", "-").replace(" ", "-") in (ALL_LINEAR, "all", "linear", "all-linears"):
+        return f"; did you mean {ALL_LINEAR!r}?"
     if re.search(r"[*+?\[\]()|^$\\]", target):
         return "; a string is a name, not a pattern: did you mean re.compile(...)?"
-    return f"; nearest: {', '.join(f'{name!r} (x{counts[name]})' for name in near)}" if near else ""
-
-
-def _suffix_counts(names: Iterable[str]) -> Mapping[str, int]:
-    """Return how often each suffix of up to three segments occurs, but for those that begin with an index."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        parts = name.split(".")
-        for length in range(1, min(3, len(parts)) + 1):
-            if not parts[-length].isdigit():
-                counts[".".join(parts[-length:])] += 1
-    return counts
-
-
-def describe_sites(sites: Iterable[str]) -> str:
-    """Return sites for a message, those that differ in their indices only as one: `'layer.*.query' (x12)`."""
-    groups: dict[str, list[str]] = {}
-    for site in sites:
-        groups.setdefault(generic_name(site), []).append(site)
-    shown = [
-        repr(g) + f" (x{len(names)})" if len(names) > 1 else repr(names[0]) for g, names in groups.items()
-    ]
-    return listed(shown)
+    counts = suffix_counts(sites)
+    near = ", ".join(f"{name!r} (x{counts[name]})" for name in nearest(target, counts))
+    return f"; nearest: {near}" if near else ""

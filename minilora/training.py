@@ -1,16 +1,14 @@
-"""What trains, what has an effect, and what stands where."""
+"""What trains, and what has an effect: `freeze`, `trainable_parameters`, `disabled`."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch import nn
 
 from .errors import MiniLoRAError
-from .module import InjectedModule, injected_modules, require_injected
-from .targets import generic_name
+from .sites import Site, injected_sites, require_injected, require_unwrapped
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -20,13 +18,17 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Returns:
         The model itself.
+
+    Raises:
+        MiniLoRAError: when the model is not one, or is wrapped in DDP, FSDP or `torch.compile`.
+
+    Example:
+        >>> model = minilora.freeze(nn.Linear(4, 2))
+        >>> any(parameter.requires_grad for parameter in model.parameters())
+        False
     """
-    added = {
-        id(tensor)
-        for wrappers in injected_modules(model).values()
-        for wrapper in wrappers
-        for tensor in wrapper.adapter_state().values()
-    }
+    require_unwrapped(model)
+    added = added_tensors(injected_sites(model))
     for parameter in model.parameters():
         if id(parameter) not in added:
             parameter.requires_grad_(False)
@@ -38,12 +40,13 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Raises:
         MiniLoRAError: when there are none, or when a merged layer would train without effect.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0", minilora.LoRAConfig(r=1))
+        >>> [tuple(parameter.shape) for parameter in minilora.trainable_parameters(model)]
+        [(1, 4), (2, 1)]
     """
-    merged = [
-        site
-        for site, wrappers in injected_modules(model).items()
-        if any(wrapper.merged for wrapper in wrappers)
-    ]
+    merged = [site for site in injected_sites(model).values() if any(w.merged for w in site.wrappers)]
     if merged:
         raise MiniLoRAError(
             f"{len(merged)} sites are merged, and a merged layer does not train; "
@@ -62,102 +65,49 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the `with` block, the model computes what the base model does; afterwards all is as before.
 
     Heads named by `trainable` give way to their originals as well, and merged weights to the originals.
+    The merged weights are kept meanwhile, so that nothing needs to be computed, and nothing can fail, on
+    the way out.
 
     Raises:
         MiniLoRAError: when the model carries no injection.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> _ = nn.init.ones_(model[0].lora_B)
+        >>> x = torch.randn(3, 4)
+        >>> with minilora.disabled(model):
+        ...     torch.equal(model(x), model[0].base(x))
+        True
     """
-    layers = [wrapper for wrappers in require_injected(model).values() for wrapper in wrappers]
-    merged = [layer for layer in layers if layer.merged]
-    enabled = [layer for layer in layers if layer.enabled]
-    try:
-        for layer in merged:
-            layer.unmerge()
-        for layer in enabled:
-            layer.enabled = False
-        yield model
-    finally:
-        for layer in enabled:
-            layer.enabled = True
-        for layer in merged:
-            layer.merge()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SummaryRow:
-    """One line of a summary: sites that differ in their indices only."""
-
-    sites: str
-    """The generic name of the sites, indices as stars."""
-    count: int
-    """Number of sites."""
-    description: str
-    """Kind and settings."""
-    parameters: int
-    """Number of parameters added at these sites, all together."""
-    state: str
-    """"active", "merged" or "disabled"."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What is injected in a model, and what of it is trained. Prints as a table."""
-
-    model: str
-    """Class name of the model."""
-    rows: tuple[SummaryRow, ...]
-    """Groups of sites."""
-    trainable: int
-    """Number of parameters with `requires_grad`."""
-    base: int
-    """Number of parameters of the base model."""
-
-    def __str__(self) -> str:
-        header = ("site", "", "kind", "parameters", "state")
-        cells = [
-            (row.sites, f"x{row.count}", row.description, f"{row.parameters:,}", row.state)
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
-        lines = [
-            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
-            for a, b, c, d, e in [header, *cells]
-        ]
-        rule = "-" * max(map(len, lines))
-        share = 100 * self.trainable / self.base if self.base else 0.0
-        total = f"trainable: {self.trainable:,} parameters, {share:.3g} % of the base's {self.base:,}"
-        return "\n".join([self.model, rule, lines[0], rule, *lines[1:], rule, total])
-
-
-def summary(model: nn.Module) -> Summary:
-    """Return what is injected and what is trained, for `print` and for code.
-
-    Works on any model; a bare one has no rows.
-    """
-    groups: dict[tuple[str, str, str], list[InjectedModule]] = {}
-    added: set[int] = set()
-    for site, wrappers in injected_modules(model).items():
+    wrappers = [wrapper for site in require_injected(model).values() for wrapper in site.wrappers]
+    enabled = [wrapper for wrapper in wrappers if wrapper.enabled]
+    with contextlib.ExitStack() as stack:
         for wrapper in wrappers:
-            state = "merged" if wrapper.merged else "active" if wrapper.enabled else "disabled"
-            groups.setdefault((generic_name(site), wrapper.description(), state), []).append(wrapper)
-            added |= {id(tensor) for tensor in wrapper.adapter_state().values()}
-    rows = tuple(
-        SummaryRow(
-            sites=sites,
-            count=len(members),
-            description=description,
-            parameters=sum(
-                tensor.numel()
-                for member in members
-                for tensor in member.adapter_state().values()
-                if isinstance(tensor, nn.Parameter)
-            ),
-            state=state,
-        )
-        for (sites, description, state), members in groups.items()
-    )
-    return Summary(
-        model=type(model).__name__,
-        rows=rows,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        base=sum(p.numel() for p in model.parameters() if id(p) not in added),
-    )
+            stack.enter_context(wrapper.set_aside())
+        try:
+            for wrapper in enabled:
+                wrapper.enabled = False
+            yield model
+        finally:
+            for wrapper in enabled:
+                wrapper.enabled = True
+
+
+def added_tensors(injected: dict[str, Site]) -> set[int]:
+    """Return the identities of the tensors that injections brought."""
+    return {
+        id(tensor)
+        for site in injected.values()
+        for wrapper in site.wrappers
+        for tensor in wrapper.saved_state().values()
+    }
+
+
+def thawed_parameters(model: nn.Module, injected: dict[str, Site]) -> dict[str, nn.Parameter]:
+    """Return what trains and no injection brought, by name: `save` leaves it out."""
+    added = added_tensors(injected)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in added
+    }

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import minilora
-from minilora.module import injected_modules
+from minilora.module import InjectedModule
+from minilora.sites import injected_sites
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+def injected_modules(model: nn.Module) -> dict[str, list[InjectedModule]]:
+    """Return the wrappers of a model by site, outermost first."""
+    return {name: list(site.wrappers) for name, site in injected_sites(model).items()}
 
 
 class Is:

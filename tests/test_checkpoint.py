@@ -10,13 +10,12 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from checks import picture, randomise, raw, state, unchanged
+from checks import injected_modules, picture, randomise, raw, state, unchanged
 from models import CASES, MLP, Shared, Tied, in_dtypes, on_grid
 from torch import nn
 
 import minilora
 from minilora import AdapterConfig, CheckpointError, LoRAConfig, MiniLoRAError
-from minilora.module import injected_modules
 
 TESTS = Path(__file__).parent
 

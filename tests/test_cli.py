@@ -15,12 +15,13 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from checks import randomise
+from checks import injected_modules, randomise
 from models import CASES
 from torch import Tensor, nn
 
 import minilora
-from minilora import AdapterConfig, LoRAConfig, base_files, fuse_files
+from minilora import AdapterConfig, LoRAConfig
+from minilora.cli import base_files, fuse_files
 from minilora.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -104,7 +105,7 @@ def test_inspect_for_programs(file: Path, run: Run, tmp_path: Path) -> None:
         assert result["parameters"] == sum(t.numel() for t in minilora.adapter_state_dict(model).values())
         assert result["trainable"] == {"classifier": {"bias": [3], "weight": [3, 16]}}
         assert len(result["base"]["weights"]) == 8
-        layers = minilora.module.injected_modules(model)
+        layers = injected_modules(model)
         for site in result["sites"]:
             exact = layers[site["site"]][0].delta_weight().detach().norm().item()
             assert site["norm"] == pytest.approx(exact, rel=1e-5)
@@ -212,7 +213,7 @@ def test_convert_refuses(file: Path, tmp_path: Path, run: Run) -> None:
 
 def test_diff(file: Path, tmp_path: Path, run: Run) -> None:
     model = trained()
-    one = minilora.module.injected_modules(model)["bert.encoder.layer.0.attention.self.query"][0]
+    one = injected_modules(model)["bert.encoder.layer.0.attention.self.query"][0]
     with torch.no_grad():
         one.lora_B.mul_(1.5)
     minilora.save(model, tmp_path / "b.safetensors")
@@ -282,9 +283,7 @@ def test_weights_under_other_names_are_known_by_their_values(run: Run, tmp_path:
     CASES["vit"].build().save_pretrained(tmp_path / "base")
     stored = base_files.BaseFiles.open(tmp_path / "base").tensors
     model = trained("vit", ["classifier"], ["fc1"])
-    assert not any(
-        f"{site}.weight" in stored for site in minilora.module.injected_modules(model) if "fc1" in site
-    )
+    assert not any(f"{site}.weight" in stored for site in injected_modules(model) if "fc1" in site)
     minilora.save(model, tmp_path / "a.safetensors")
     assert run("verify", tmp_path / "a.safetensors", "--base", tmp_path / "base").code == 0
     tensors = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")

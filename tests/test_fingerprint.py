@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from checks import randomise, unchanged
+from checks import injected_modules, randomise, unchanged
 from models import CASES, on_grid
 from torch import nn
 
 import minilora
 from minilora import AdapterConfig, CheckpointError, LoRAConfig
-from minilora.fingerprint import Comparison, Fingerprint, Signature, compare
-from minilora.formats.native import BASE_KEY
-from minilora.module import injected_modules
+from minilora.files.fingerprint import Comparison, Fingerprint, Signature, compare
+from minilora.files.formats.native import BASE_KEY
 
 
 def saved(model: nn.Module, path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from checks import unchanged
+from checks import injected_modules, unchanged
 from models import CASES
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ def test_several_widths_another_activation_and_a_scale() -> None:
     torch.testing.assert_close(logits(model), recorded("houlsby_varied"), rtol=0, atol=2e-6)
     widths = {
         site: wrappers[0].config.bottleneck
-        for site, wrappers in minilora.module.injected_modules(model).items()
+        for site, wrappers in injected_modules(model).items()
         if site != "classifier"
     }
     assert widths == {
@@ -135,7 +135,7 @@ def test_alpha_is_forgotten_where_the_library_forgot_it(tmp_path: Path) -> None:
 
 
 def _found(model: nn.Module) -> Any:
-    return minilora.module.injected_modules(model)
+    return injected_modules(model)
 
 
 def test_folders_that_are_none_of_the_library(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from checks import (
     assert_equal_to_rounding,
     assert_far,
+    injected_modules,
     picture,
     randomise,
     raw,
@@ -20,7 +21,6 @@ from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, TargetError
-from minilora.module import injected_modules
 
 
 def adapter_targets(case):

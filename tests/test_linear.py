@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.linear import has_plain_weight, linear_shape
+from minilora.linear import plain_weight, linear_shape
 
 
 class Packed(nn.Module):
@@ -43,11 +43,11 @@ def test_another_conv1d_is_not():
 
 
 def test_plain_weights():
-    assert has_plain_weight(nn.Linear(4, 6, dtype=torch.bfloat16))
-    assert not has_plain_weight(Packed())
+    assert plain_weight(nn.Linear(4, 6, dtype=torch.bfloat16))
+    assert not plain_weight(Packed())
     integers = nn.Linear(4, 6)
     integers.weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.int8), requires_grad=False)
-    assert not has_plain_weight(integers)
+    assert not plain_weight(integers)
     subclass = nn.Linear(4, 6)
     subclass.weight = nn.Parameter(torch.zeros(6, 4).as_subclass(type("Sub", (torch.Tensor,), {})))
-    assert not has_plain_weight(subclass)
+    assert not plain_weight(subclass)

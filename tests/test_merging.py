@@ -8,6 +8,7 @@ from checks import (
     Is,
     assert_equal_to_rounding,
     assert_far,
+    injected_modules,
     picture,
     randomise,
     raw,
@@ -43,7 +44,7 @@ def test_merge_swaps_in_the_effective_weight_and_touches_nothing_else(case, dtyp
     before, bare = picture(model), case.build(dtype)
     expected = reference(bare, model)
     minilora.merge(model)
-    sites = {site: layer for site, (layer,) in minilora.module.injected_modules(model).items()}
+    sites = {site: layer for site, (layer,) in injected_modules(model).items()}
     for site, layer in sites.items():
         assert layer.merged
         assert_equal_to_rounding(layer.base.weight, expected.get_submodule(site).weight)

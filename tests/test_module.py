@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from checks import assert_equal_to_rounding, picture, randomise, raw, state, unchanged
+from checks import assert_equal_to_rounding, injected_modules, picture, randomise, raw, state, unchanged
 from models import MLP, Shared, on_grid
 from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
-from minilora.module import InjectedModule, generator_for, injected_modules, named_sites, replace_modules
+from minilora.module import InjectedModule, generator_for
+from minilora.sites import Sites, replace_modules
 
 
 class Counting(nn.Linear):
@@ -41,10 +42,10 @@ def test_wrapper_is_in_the_mode_of_its_base(training):
 
 def test_names_of_sites_are_those_of_the_bare_model():
     model = nn.ModuleDict({"block": MLP(), "head": nn.Linear(16, 16)})
-    names = [name for name, _ in named_sites(model)]
+    names = [name for name in Sites(model)]
     minilora.inject(model, ["block.up", "head"], trainable=["block.classifier"])
     minilora.inject(model, ["block", "head"], AdapterConfig(bottleneck=2, hidden_size=3))
-    assert [name for name, _ in named_sites(model)] == names
+    assert [name for name in Sites(model)] == names
     assert {name: [w.kind for w in found] for name, found in injected_modules(model).items()} == {
         "block": ["adapter"],
         "block.up": ["lora"],
@@ -167,7 +168,7 @@ def test_base_with_a_child_called_base():
     model = nn.Sequential(block)
     bare = {key: value.clone() for key, value in model.state_dict().items()}
     minilora.inject(model, "0", AdapterConfig(bottleneck=2, hidden_size=4))
-    assert list(dict(named_sites(model))) == ["0", "0.base", "0.other"]
+    assert list(Sites(model)) == ["0", "0.base", "0.other"]
     with pytest.raises(RuntimeError, match=r"Missing"):  # ambiguous, so refused and not guessed
         model.load_state_dict(bare)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import minilora
 from minilora import AdapterConfig, CheckpointError, LoRAConfig, TrainableHead
-from minilora.formats import peft as peft_format
+from minilora.files.formats import peft as peft_format
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -611,7 +611,8 @@ def test_what_peft_has_no_words_for(tmp_path: Path) -> None:
 
 
 def _contents_without_lora() -> Any:
-    from minilora.manifest import Contents, Manifest
+    from minilora.files.contents import Contents
+    from minilora.plan import Manifest
 
     return Contents(Manifest((), ("head",)), {"head.weight": torch.zeros(2)})
 

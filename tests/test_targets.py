@@ -4,14 +4,15 @@ import re
 
 import pytest
 import torch
-from checks import unchanged
+from checks import injected_modules, unchanged
 from models import MLP, Shared, on_grid, on_heads
 from torch import nn
 
 import minilora
 from minilora import LoRAConfig, MiniLoRAError, TargetError
-from minilora.module import injected_modules
-from minilora.targets import choices, describe_sites, generic_name, head_modules, select
+from minilora.names import described, generic
+from minilora.sites import Sites
+from minilora.targets import choices, head_modules, select
 
 SMALL = LoRAConfig(r=2)
 
@@ -230,8 +231,8 @@ def test_head_modules():
 
 
 def test_tables():
-    assert generic_name("layer.10.attn.2") == "layer.*.attn.*"
-    assert describe_sites(["a.0.q", "b", "a.1.q"]) == "'a.*.q' (x2), 'b'"
+    assert generic("layer.10.attn.2") == "layer.*.attn.*"
+    assert described(["a.0.q", "b", "a.1.q"]) == "'a.*.q' (x2), 'b'"
     assert choices(nn.Sequential(nn.ReLU())) == "This model has no linear layers."
     many = choices(nn.ModuleDict({f"layer{i}": nn.Linear(2, 3) for i in range(30)}))
     assert "layer19  Linear 2 -> 3  x1" in many

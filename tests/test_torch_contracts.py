@@ -7,13 +7,22 @@ import warnings
 
 import pytest
 import torch
-from checks import assert_equal_to_rounding, assert_far, picture, randomise, raw, reference, state, unchanged
+from checks import (
+    assert_equal_to_rounding,
+    assert_far,
+    injected_modules,
+    picture,
+    randomise,
+    raw,
+    reference,
+    state,
+    unchanged,
+)
 from models import CASES, MLP, Attention, encoder_layer, in_dtypes, on_grid
 from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
-from minilora.module import injected_modules
 
 NO_GRAD = {
     "no_grad": torch.no_grad,

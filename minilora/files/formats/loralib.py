@@ -10,10 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import LoRAConfig
-from ..errors import CheckpointError, quoted, several
-from ..files import read_tensors
-from ..manifest import Contents, Manifest, natural
+from ...config import LoRAConfig
+from ...errors import CheckpointError, quoted, several
+from ...names import natural
+from ...plan import Manifest
+from ..contents import Contents
+from ..tensors import read_tensors
 
 
 def read(path: Path, config: LoRAConfig) -> Contents:

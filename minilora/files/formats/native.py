@@ -16,17 +16,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import digest, entries_of, parse_json, read_tensors, write_tensors
+from ...errors import CheckpointError, MiniLoRAError
+from ...plan import CONFIGS, Manifest
+from ..contents import Contents
 from ..fingerprint import Fingerprint
-from ..manifest import Contents, Manifest
+from ..tensors import digest, entries_of, parse_json, read_tensors, write_tensors
 
 METADATA_KEY = "minilora"
 BASE_KEY = "minilora_base"
 DIGEST_KEY = "minilora_sha256"
+FORMAT_VERSION = 1
 
 
 def read(path: Path) -> Contents:
@@ -43,7 +46,7 @@ def read(path: Path) -> Contents:
             'format needs to be told so: minilora.load(model, path, format="loralib", config=...)'
         )
     try:
-        manifest = Manifest.from_dict(parse_json(metadata[METADATA_KEY], what="its header"))
+        manifest = manifest_from_json(parse_json(metadata[METADATA_KEY], what="its header"))
         return Contents(manifest, tensors, base=base_of(metadata), damage=damage(tensors, metadata))
     except CheckpointError as error:
         raise CheckpointError(f"{str(path)!r} cannot be loaded: {error}") from error
@@ -56,7 +59,7 @@ def write(path: Path, contents: Contents) -> None:
         CheckpointError: for a dtype that safetensors does not know.
         OSError: when the file cannot be written.
     """
-    manifest = {METADATA_KEY: json.dumps(contents.manifest.to_dict())}
+    manifest = {METADATA_KEY: json.dumps(manifest_to_json(contents.manifest))}
     write_tensors(path, entries_of(contents.tensors), header(contents.tensors, manifest, contents.base))
 
 
@@ -95,3 +98,53 @@ def base_of(metadata: Mapping[str, str]) -> Fingerprint | None:
     if BASE_KEY not in metadata:
         return None
     return Fingerprint.from_dict(parse_json(metadata[BASE_KEY], what="the fingerprint of its base"))
+
+
+def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
+    """Return plain JSON values. Inverse: `manifest_from_json`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "injections": [
+            {"kind": config.kind, "config": config.to_dict(), "sites": list(sites)}
+            for config, sites in manifest.injections
+        ],
+        "trainable": list(manifest.trainable),
+    }
+
+
+def manifest_from_json(header: object) -> Manifest:
+    """Build the manifest from plain JSON values. Inverse: `manifest_to_json`.
+
+    Raises:
+        CheckpointError: for whatever `manifest_to_json` would not have written.
+    """
+    if not isinstance(header, dict) or not isinstance(header.get("format_version"), int):
+        raise CheckpointError("the header has no format_version")
+    if header["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"it has format version {header['format_version']} and this minilora reads version "
+            f"{FORMAT_VERSION}: upgrade minilora"
+        )
+    if set(header) != {"format_version", "injections", "trainable"}:
+        raise CheckpointError(f"the header's entries are {sorted(header)}, which is not this format")
+    if not isinstance(header["injections"], list):
+        raise CheckpointError("the header's injections are not a list")
+    injections = []
+    for entry in header["injections"]:
+        if not isinstance(entry, dict) or set(entry) != {"kind", "config", "sites"}:
+            raise CheckpointError(f"an injection is not made of kind, config and sites: {entry!r:.200}")
+        kind = entry["kind"]
+        if not isinstance(kind, str) or kind not in CONFIGS or not isinstance(entry["config"], dict):
+            raise CheckpointError(f"an injection is of the unknown kind {kind!r:.200}")
+        try:
+            config = CONFIGS[kind].from_dict(entry["config"])
+        except (MiniLoRAError, TypeError) as error:
+            raise CheckpointError(f"a config in the header is not valid: {error}") from error
+        injections.append((config, _names(entry["sites"])))
+    return Manifest(tuple(injections), _names(header["trainable"]))
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"the header has no list of names where one must be: {value!r:.200}")
+    return tuple(value)

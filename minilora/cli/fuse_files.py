@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import LoRAConfig
+from ..errors import CheckpointError, quoted, several
+from ..files.atomic import new_folder, write_whole
+from ..files.contents import Contents
+from ..files.tensors import FLOAT_DTYPES, Entry, opened, write_tensors
+from ..functional import effective_weight
+from ..names import described
 from .base_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, BaseFiles, Fit, fit
-from .config import LoRAConfig
-from .errors import CheckpointError, quoted, several
-from .files import FLOAT_DTYPES, Entry, new_folder, opened, write_tensors, write_whole
-from .functional import effective_weight
-from .manifest import Contents
-from .targets import describe_sites
 
 # Other copies of the weights, which would contradict the fused ones.
 WEIGHT_SUFFIXES = {
@@ -67,7 +68,7 @@ def fuse_files(
         s for config, sites in contents.manifest.injections for s in sites if config.kind == "adapter"
     ]:
         raise CheckpointError(
-            f"{describe_sites(adapters)}: a bottleneck adapter is not linear; no weight can take it in"
+            f"{described(adapters)}: a bottleneck adapter is not linear; no weight can take it in"
         )
     base = BaseFiles.open(base_folder)
     placed = fit(contents, base)
@@ -124,8 +125,8 @@ def _tied_to(name: str, base: BaseFiles) -> str | None:
         return repr(name)
     embeddings = [
         other
-        for other, described in base.tensors.items()
-        if other != name and described.shape == shape and _is_embedding(other)
+        for other, stored in base.tensors.items()
+        if other != name and stored.shape == shape and _is_embedding(other)
     ]
     weight: Tensor | None = None
     for other in embeddings:
@@ -149,11 +150,11 @@ def _shards(
     }
     heads = {name: contents.tensors[key] for key, name in placed.heads.items()}
     shards: dict[str, dict[str, Entry]] = {}
-    for name, described in base.tensors.items():
-        if described.dtype not in TORCH_DTYPES:
-            raise CheckpointError(f"{name!r} of the base is {described.dtype}, which cannot be copied")
-        stored = heads[name].dtype if name in heads else TORCH_DTYPES[described.dtype]
-        to = dtype if dtype is not None and stored.is_floating_point else stored
+    for name, stored in base.tensors.items():
+        if stored.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{name!r} of the base is {stored.dtype}, which cannot be copied")
+        own = heads[name].dtype if name in heads else TORCH_DTYPES[stored.dtype]
+        to = dtype if dtype is not None and own.is_floating_point else own
         read: Callable[[], Tensor]
         if name in heads:
             read = partial(heads.__getitem__, name)
@@ -163,7 +164,7 @@ def _shards(
             read = partial(_fused, base, name, A, B, config.scaling, site in placed.transposed, to)
         else:
             read = partial(base.tensor, name)
-        shards.setdefault(described.file, {})[name] = Entry(to, described.shape, read)
+        shards.setdefault(stored.file, {})[name] = Entry(to, stored.shape, read)
     last = shards[list(shards)[-1]] if shards else shards.setdefault(SINGLE_FILE, {})
     for name, head in heads.items():
         if name not in base.tensors:

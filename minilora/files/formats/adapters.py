@@ -18,14 +18,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import AdapterConfig, Config, LoRAConfig
-from ..errors import CheckpointError, MiniLoRAError, quoted, several
-from ..files import read_json, read_tensors
-from ..manifest import Contents, Manifest, grouped, natural
-from ..module import named_sites
-from ..targets import describe_sites
+from ...config import AdapterConfig, Config, LoRAConfig
+from ...errors import CheckpointError, MiniLoRAError, quoted, several
+from ...names import described, natural
+from ...plan import Manifest, grouped
+from ...sites import Sites
+from ..contents import Contents
+from ..tensors import read_json, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter.safetensors"
@@ -99,7 +100,7 @@ def read(path: Path) -> Contents:
     return Contents(
         Manifest(grouped((placed[site], site) for site in sites), trainable),
         {**tensors, **heads},
-        disagreements=lambda model: _disagreements(fields, set(sites), model),
+        disagreements=lambda present: _disagreements(fields, set(sites), present),
         notes=(
             f"{str(path)!r} was trained with dropout {drops} behind its bottlenecks, which further training "
             "here will not apply",
@@ -210,10 +211,10 @@ def _before_1_1(version: object) -> bool:
     return match is not None and (int(match[1]), int(match[2])) < (1, 1)
 
 
-def _disagreements(fields: Mapping[str, Any], sites: set[str], model: nn.Module) -> list[str]:
+def _disagreements(fields: Mapping[str, Any], sites: set[str], present: Sites) -> list[str]:
     """Return the sites that the config asks for on this model and the file lacks, and the other way round."""
     expected = set()
-    for name, _ in named_sites(model):
+    for name in present:
         match = re.fullmatch(r"(?:.*\.)?encoder\.layer\.(\d+)\.(.+)", name)
         if match and int(match[1]) not in fields.get("leave_out", ()) and match[2] in _places(fields):
             expected.add(name)
@@ -221,7 +222,7 @@ def _disagreements(fields: Mapping[str, Any], sites: set[str], model: nn.Module)
         "asked for by the config on this model, but without tensors in the file": expected - sites,
         "with tensors in the file, but not asked for by the config on this model": sites - expected,
     }
-    return [f"{describe_sites(sorted(names, key=natural))}: {text}" for text, names in found.items() if names]
+    return [f"{described(sorted(names, key=natural))}: {text}" for text, names in found.items() if names]
 
 
 def _places(fields: Mapping[str, Any]) -> set[str]:

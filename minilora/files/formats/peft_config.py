@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import CheckpointError, quoted, several
-from ..linear import linear_shape
-from ..module import named_sites
-from ..targets import ALL_LINEAR, output_embedding
+from ...errors import CheckpointError, quoted, several
+from ...linear import linear_shape
+from ...sites import Sites
+from ...targets import ALL_LINEAR, output_embedding
 
 Number = TypeVar("Number", int, float)
 
@@ -184,32 +184,29 @@ class PeftLoraConfig:
         """Return whether PEFT trains a module of that name in full."""
         return any(name.endswith(entry) for entry in self.modules_to_save)
 
-    def sites(self, model: nn.Module) -> set[str]:
+    def sites(self, sites: Sites) -> set[str]:
         """Return the modules of a model that the config targets, a shared one under its first name."""
-        modules: dict[nn.Module, str] = {}
-        for name, chain in named_sites(model):
-            modules.setdefault(chain[-1], name)
-        targets = self._all_linear(model, modules) if self.names_all_linear() else None
-        return {name for name in modules.values() if self.matches(name, targets)}
+        targets = self._all_linear(sites) if self.names_all_linear() else None
+        return {site.name for site in sites.unique() if self.matches(site.name, targets)}
 
-    def saved_modules(self, model: nn.Module) -> set[str]:
+    def saved_modules(self, sites: Sites) -> set[str]:
         """Return the modules of a model that PEFT trains in full, those without any tensor left out."""
         return {
-            name
-            for name, chain in named_sites(model)
-            if self.saves(name) and chain[-1].state_dict(keep_vars=True)
+            name for name, site in sites.items() if self.saves(name) and site.bare.state_dict(keep_vars=True)
         }
 
-    def _all_linear(self, model: nn.Module, modules: Mapping[nn.Module, str]) -> tuple[str, ...]:
-        spared: object = output_embedding(model)
+    def _all_linear(self, sites: Sites) -> tuple[str, ...]:
+        spared: object = output_embedding(sites.model)
         if spared is None and self.task_type == "SEQ_CLS":
-            heads = (getattr(model, name, None) for name in ("score", "classifier"))
+            heads = (getattr(sites.model, name, None) for name in ("score", "classifier"))
             spared = next((head for head in heads if head is not None), None)
         return tuple(
-            name
-            for module, name in modules.items()
-            if module is not spared
-            and (isinstance(module, nn.Linear) or ((shape := linear_shape(module)) and shape.transposed))
+            site.name
+            for site in sites.unique()
+            if site.outermost is not spared
+            and (
+                isinstance(site.bare, nn.Linear) or ((shape := linear_shape(site.bare)) and shape.transposed)
+            )
         )
 
     def _in_layers(self, name: str) -> bool:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .module import InjectedModule
+from .errors import TargetError
+from .frozen import thaw
+from .module import InjectedModule, require_called
 
 
 class TrainableHead(InjectedModule):
@@ -21,32 +23,44 @@ class TrainableHead(InjectedModule):
 
     Args:
         base: the module to be trained in full; a classifier head, most often.
+
+    Raises:
+        TargetError: when there is nothing in it that could be trained.
+
+    Example:
+        >>> model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+        >>> model = minilora.inject(model, "body", trainable=["head"])
+        >>> type(model["head"]).__name__, model["head"].base.weight.requires_grad
+        ('TrainableHead', False)
+        >>> model["head"].trained.weight.requires_grad
+        True
     """
 
     kind = "trainable"
+    trains_whole_module = True
+    innermost = False
 
     def __init__(self, base: nn.Module) -> None:
+        require_called(base)
+        if not any(parameter.is_floating_point() for parameter in base.parameters()):
+            raise TargetError("trainable names a module without floating-point parameters")
         super().__init__(base)
-        self.trained = copy.deepcopy(base)
+        self.trained = thaw(copy.deepcopy(base))
         for parameter in self.trained.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy, or the original inside `minilora.disabled`."""
-        return self._answering()(*args, **kwargs)
+        return self.answering()(*args, **kwargs)
 
-    def adapter_state(self) -> dict[str, Tensor]:
+    def saved_state(self) -> dict[str, Tensor]:
         """Return the copy's state under the names that the module itself has."""
-        state: dict[str, Tensor] = self.trained.state_dict(keep_vars=True)
-        return state
+        state: dict[str, object] = self.trained.state_dict(keep_vars=True)
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
-    def load_adapter_state(self, values: dict[str, Tensor], *, assign: bool) -> None:
-        """Give the copy the values that a file has for it. Inverse: `adapter_state`.
-
-        Always in place, since assigning would untie weights that are tied inside the module.
-        """
-        self.trained.load_state_dict(values)
+    def signed_weight(self) -> None:
+        """Return nothing: the head of a fresh base is random, and tells nothing of it."""
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the trained copy, which takes the original's place."""
@@ -56,11 +70,12 @@ class TrainableHead(InjectedModule):
         """Return the kind in a few words."""
         return f"trained in full ({type(self.base).__name__})"
 
-    def _answering(self) -> nn.Module:
+    def answering(self) -> nn.Module:
+        """Return the copy, or the original inside `minilora.disabled`."""
         return self.trained if self.enabled else self.base
 
-    def _initial(self, name: str, tensor: Tensor, state_dict: dict[str, Any], prefix: str) -> Tensor:
+    def initial_value(self, name: str, tensor: Tensor, bare: dict[str, Tensor]) -> Tensor:
         """Start the copy from the original that a bare checkpoint brings."""
-        value: Tensor | None = state_dict.get(prefix + name.removeprefix("trained."))
+        value = bare.get(name.removeprefix("trained."))
         # A copy, because load_state_dict(assign=True) would have both share the memory of one tensor.
         return tensor if value is None else value.detach().clone()

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .config import LoRAConfig
-from .errors import CheckpointError, listed, quoted, several
-from .files import DTYPE_NAMES, FLOAT_DTYPES, opened, read_json
-from .fingerprint import Comparison, Fingerprint, Signature, compare
-from .manifest import Contents
-from .targets import describe_sites
+from ..config import LoRAConfig
+from ..errors import CheckpointError, listed, quoted, several
+from ..files.contents import Contents
+from ..files.fingerprint import Comparison, Fingerprint, Signature, compare
+from ..files.tensors import DTYPE_NAMES, FLOAT_DTYPES, opened, read_json
+from ..names import described
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -83,7 +83,7 @@ class BaseFiles:
                     view = file.get_slice(name)
                     tensors[name] = Described(file_name, view.get_dtype(), tuple(view.get_shape()))
         if index is not None:
-            placed = {name: described.file for name, described in tensors.items()}
+            placed = {name: stored.file for name, stored in tensors.items()}
             if wrong := sorted(set(placed.items()) ^ set(index["weight_map"].items())):
                 names = sorted({name for name, _ in wrong})
                 raise CheckpointError(
@@ -205,17 +205,17 @@ def _prefix(sites: list[str], base: BaseFiles) -> tuple[str, str, list[str]]:
         ". A weight that is tied to another, as an output layer to the embedding, is stored under one of its "
         "names only, and cannot be fused without untying them first"
     )
-    return "", "", [f"{describe_sites(absent)}: the base has no weight of that name{hint}{tied}"]
+    return "", "", [f"{described(absent)}: the base has no weight of that name{hint}{tied}"]
 
 
 def _by_value(sites: list[str], recorded: Fingerprint, base: BaseFiles) -> dict[str, str]:
     """Return the name in the files of each site's weight, told by its values; empty unless all are clear."""
     found: dict[str, str] = {}
-    for name, described in base.tensors.items():
+    for name, stored in base.tensors.items():
         alike = [
-            s for s in sites if s in recorded.signatures and recorded.signatures[s].shape == described.shape
+            s for s in sites if s in recorded.signatures and recorded.signatures[s].shape == stored.shape
         ]
-        if alike and TORCH_DTYPES.get(described.dtype) in FLOAT_DTYPES.values():
+        if alike and TORCH_DTYPES.get(stored.dtype) in FLOAT_DTYPES.values():
             signature = Signature.of(base.tensor(name))
             for site in alike:
                 if recorded.signatures[site].difference(signature) == 0:

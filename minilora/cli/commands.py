@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import CheckpointError, MiniLoRAError
+from ..files.contents import Contents
+from ..files.formats import native, peft
+from ..files.loading import read
+from ..files.tensors import FLOAT_DTYPES
 from .base_files import BaseFiles, fit
-from .checkpoint import read
 from .describe import described, differences, table
-from .errors import CheckpointError, MiniLoRAError
-from .files import FLOAT_DTYPES
-from .formats import native, peft
 from .fuse_files import fuse_files
-from .manifest import Contents
 
 NO = 1
 ERROR = 2

@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import LoRAConfig
-from ..errors import CheckpointError, MiniLoRAError, listed, quoted, several
-from ..files import entries_of, new_folder, read_json, read_tensors, write_tensors, write_whole
+from ...config import LoRAConfig
+from ...errors import CheckpointError, MiniLoRAError, listed, quoted, several
+from ...names import described, natural
+from ...plan import Manifest, grouped
+from ...sites import Sites
+from ..atomic import new_folder, write_whole
+from ..contents import Contents
 from ..fingerprint import Fingerprint
-from ..manifest import Contents, Manifest, grouped, natural
-from ..module import named_sites
-from ..targets import describe_sites
+from ..tensors import entries_of, read_json, read_tensors, write_tensors
 from .native import DIGEST_KEY, base_of, damage, header
 from .peft_config import PeftLoraConfig
 
@@ -87,20 +89,20 @@ def read(path: Path) -> Contents:
         manifest,
         tensors,
         base=base_of(metadata) or _layout_only(config, updates),
-        disagreements=lambda model: _disagreements(config, set(updates), set(heads), model),
+        disagreements=lambda sites: _disagreements(config, set(updates), set(heads), sites),
         damage=damage(stored, metadata) if DIGEST_KEY in metadata else None,
         notes=tuple(notes if loose else ()),
     )
 
 
-def write(path: Path, contents: Contents, model: nn.Module | None = None) -> None:
+def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
     """Write a folder that PEFT and vLLM load. Inverse: `read`.
 
     Args:
         path: of the folder. A new one appears whole or not at all; in one that exists, the two files are
             replaced and others stay.
         contents: LoRA sites and modules trained in full; PEFT has no bottleneck adapters.
-        model: the model that carries them. It is needed for target names shorter than full ones, and to
+        sites: of the model that carries them. They are needed for target names shorter than full ones, and to
             know that PEFT's patterns will match nothing else; None goes by the names alone.
 
     Raises:
@@ -108,16 +110,19 @@ def write(path: Path, contents: Contents, model: nn.Module | None = None) -> Non
         OSError: when the folder cannot be written.
     """
     problems = list(_inexpressible(contents.manifest))
-    if model is not None and not problems:
-        problems += _caught_otherwise(contents.manifest, model)
+    if sites is not None and not problems:
+        problems += _caught_otherwise(contents.manifest, sites)
     if problems:
         raise CheckpointError(several(problems, outcome="nothing has been written"))
-    names = _unique_names(model) if model is not None else None
+    names = [site.name for site in sites.unique()] if sites is not None else None
     config = _config(contents, names)
-    config["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
-    tensors = {**contents.tensors, **_frozen_but_caught(contents.manifest, model)}
+    config["base_model_name_or_path"] = getattr(sites and sites.model, "name_or_path", None) or None
+    tensors = {**contents.tensors, **_frozen_but_caught(contents.manifest, sites)}
     updates = {
-        f"{site}.lora_{side}" for _, sites in contents.manifest.injections for site in sites for side in "AB"
+        f"{site}.lora_{side}"
+        for _, targets in contents.manifest.injections
+        for site in targets
+        for side in "AB"
     }
     tensors = {
         f"{PREFIX}{key}.weight" if key in updates else PREFIX + key: tensor for key, tensor in tensors.items()
@@ -230,7 +235,7 @@ def _configs(
             )
         except MiniLoRAError as error:
             problems.setdefault(str(error), []).append(site)
-    return placed, [f"{describe_sites(sites)}: {text}" for text, sites in problems.items()]
+    return placed, [f"{described(sites)}: {text}" for text, sites in problems.items()]
 
 
 def _layout_only(config: PeftLoraConfig, updates: Iterable[str]) -> Fingerprint:
@@ -238,19 +243,19 @@ def _layout_only(config: PeftLoraConfig, updates: Iterable[str]) -> Fingerprint:
     return Fingerprint(transposed=frozenset(updates if config.fan_in_fan_out else ()))
 
 
-def _disagreements(config: PeftLoraConfig, updates: set[str], heads: set[str], model: nn.Module) -> list[str]:
+def _disagreements(config: PeftLoraConfig, updates: set[str], heads: set[str], sites: Sites) -> list[str]:
     """Return where the config's patterns, applied to a model, say something else than the tensors do."""
-    sites, saved = config.sites(model), config.saved_modules(model)
+    targeted, saved = config.sites(sites), config.saved_modules(sites)
     inner = {m for m in saved if any(m.startswith(outer + ".") for outer in saved)}
-    present = {name for name, _ in named_sites(model)}
     found = {
-        "targeted by the config on this model, but without tensors in the file": sites - updates,
-        "with tensors in the file, but not targeted by the config on this model": (updates & present) - sites,
+        "targeted by the config on this model, but without tensors in the file": targeted - updates,
+        "with tensors in the file, but not targeted by the config on this model": (updates & set(sites))
+        - targeted,
         "caught by modules_to_save on this model, but without tensors in the file": saved - inner - heads,
         "caught by modules_to_save inside a module that it catches too": inner,
-        "shared by several parents, where PEFT adapts the first alone": (updates | heads) & _shared(model),
+        "shared by several parents, where PEFT adapts the first alone": (updates | heads) & sites.shared(),
     }
-    return [f"{describe_sites(sorted(names, key=natural))}: {text}" for text, names in found.items() if names]
+    return [f"{described(sorted(names, key=natural))}: {text}" for text, names in found.items() if names]
 
 
 def _inexpressible(manifest: Manifest) -> Iterator[str]:
@@ -259,7 +264,7 @@ def _inexpressible(manifest: Manifest) -> Iterator[str]:
     for config, sites in manifest.injections:
         if not isinstance(config, LoRAConfig):
             yield (
-                f"{describe_sites(sites)}: PEFT has no bottleneck adapters; save this model in minilora's "
+                f"{described(sites)}: PEFT has no bottleneck adapters; save this model in minilora's "
                 "own format"
             )
     if not configs:
@@ -270,35 +275,35 @@ def _inexpressible(manifest: Manifest) -> Iterator[str]:
             yield f"{field}: PEFT has one value for all sites, and here are {shown}"
 
 
-def _caught_otherwise(manifest: Manifest, model: nn.Module) -> Iterator[str]:
+def _caught_otherwise(manifest: Manifest, sites: Sites) -> Iterator[str]:
     """Yield where PEFT, by its own rules of matching, would adapt other modules than these."""
-    sites = [site for _, names in manifest.injections for site in names]
-    if shared := _shared(model) & {*sites, *manifest.trainable}:
-        yield f"{describe_sites(sorted(shared))}: shared by several parents; PEFT would adapt the first alone"
+    injected = [site for _, names in manifest.injections for site in names]
+    if shared := sites.shared() & {*injected, *manifest.trainable}:
+        yield f"{described(sorted(shared))}: shared by several parents; PEFT would adapt the first alone"
     for name in manifest.trainable:
-        left_out = [site for site in sites if re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", site)]
+        left_out = [site for site in injected if re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", site)]
         if left_out:
-            yield f"{describe_sites(left_out)}: PEFT leaves it out, because {name!r} is trained in full"
-        caught = [other for other, _ in named_sites(model) if other.endswith(name) and other != name]
+            yield f"{described(left_out)}: PEFT leaves it out, because {name!r} is trained in full"
+        caught = [other for other in sites if other.endswith(name) and other != name]
         for other in caught:
-            within = [s for s in (*sites, *caught, name) if s != other and s.startswith(f"{other}.")]
-            if other in sites or other.startswith(f"{name}.") or within:
+            within = [s for s in (*injected, *caught, name) if s != other and s.startswith(f"{other}.")]
+            if other in injected or other.startswith(f"{name}.") or within:
                 yield f"{other!r}: PEFT would train it in full along with {name!r}, whose end its name has"
 
 
-def _frozen_but_caught(manifest: Manifest, model: nn.Module | None) -> dict[str, Tensor]:
+def _frozen_but_caught(manifest: Manifest, sites: Sites | None) -> dict[str, Tensor]:
     """Return the state of modules that PEFT will take for trained ones, because of how their names end.
 
     "classifier" catches DistilBERT's "pre_classifier". PEFT finds the base's own values for it in the
     file, and computes the same.
     """
-    if model is None:
+    if sites is None:
         return {}
     return {
         f"{name}.{key}": tensor
-        for name, chain in named_sites(model)
+        for name, site in sites.items()
         if name not in manifest.trainable and any(name.endswith(module) for module in manifest.trainable)
-        for key, tensor in chain[-1].state_dict().items()
+        for key, tensor in site.bare.state_dict().items()
     }
 
 
@@ -383,19 +388,3 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 def _integral(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _unique_names(model: nn.Module) -> list[str]:
-    """Return the names of a model's modules, of a shared one the first, as PEFT goes through them."""
-    names: dict[nn.Module, str] = {}
-    for name, chain in named_sites(model):
-        names.setdefault(chain[-1], name)
-    return list(names.values())
-
-
-def _shared(model: nn.Module) -> set[str]:
-    """Return the names of modules that have several."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, chain in named_sites(model):
-        names.setdefault(chain[-1], []).append(name)
-    return {name for several_names in names.values() if len(several_names) > 1 for name in several_names}

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .errors import CheckpointError, listed
-from .files import FLOAT_DTYPES
-from .linear import has_plain_weight, linear_shape
-from .module import InjectedModule
+from ..errors import CheckpointError, listed
+from ..linear import linear_shape
+from ..sites import Site
+from .tensors import FLOAT_DTYPES
 
 SUMMED = 1024
 SHOWN = 8
@@ -129,7 +129,7 @@ class Fingerprint:
     """Sites whose weight is stored as (in, out), as transformers' `Conv1D` does."""
 
     @classmethod
-    def of(cls, layers: Mapping[str, list[InjectedModule]]) -> Fingerprint:
+    def of(cls, injected: Mapping[str, Site]) -> Fingerprint:
         """Return the fingerprint of the base under a model's wrappers, merged or not.
 
         A site without a weight, such as a dropout that carries a bottleneck, has nothing to compare.
@@ -137,17 +137,17 @@ class Fingerprint:
         signatures: dict[str, Signature] = {}
         unchecked: dict[str, str] = {}
         transposed: set[str] = set()
-        for site, wrappers in layers.items():
-            if all(wrapper.kind == "trainable" for wrapper in wrappers):
-                continue  # the head of a fresh base is random: it tells nothing
-            bare = wrappers[-1].base
-            weight = wrappers[-1].base_weight()
-            if (shape := linear_shape(bare)) and shape.transposed:
-                transposed.add(site)
-            if problem := _unsignable(bare, weight):
-                unchecked[site] = problem
-            elif isinstance(weight, Tensor):
-                signatures[site] = Signature.of(weight)
+        for name, site in injected.items():
+            wrapper = next((wrapper for wrapper in site.wrappers if wrapper.trains), None)
+            if wrapper is None or wrapper.trains_whole_module:
+                continue
+            if (shape := linear_shape(site.bare)) and shape.transposed:
+                transposed.add(name)
+            weight = wrapper.signed_weight()
+            if isinstance(weight, str):
+                unchecked[name] = weight
+            elif weight is not None:
+                signatures[name] = Signature.of(weight)
         return cls(signatures, unchecked, frozenset(transposed))
 
     def to_dict(self) -> dict[str, Any]:
@@ -250,12 +250,3 @@ def _are_names(value: object) -> bool:
 def _short(value: float, digits: int) -> float:
     """Return a number that prints in few digits; nine tell any two float32 apart."""
     return float(f"{value:.{digits}g}")
-
-
-def _unsignable(bare: nn.Module, weight: object) -> str | None:
-    """Return why a linear layer's weight has no signature, or None where it has one, or is no matter."""
-    if isinstance(weight, Tensor) and weight.is_meta:
-        return "on the meta device, without values"
-    if has_plain_weight(bare) and isinstance(weight, Tensor) and weight.dtype in FLOAT_DTYPES.values():
-        return None
-    return "quantised, or otherwise no plain weight" if linear_shape(bare) or weight is not None else None

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import AdapterConfig, Config, LoRAConfig
-from .fingerprint import compare
-from .manifest import Contents
-from .targets import describe_sites, generic_name
+from ..config import AdapterConfig, Config, LoRAConfig
+from ..files.contents import Contents
+from ..files.fingerprint import compare
+from ..files.formats.native import manifest_to_json
+from ..names import described as described_names
+from ..names import generic
 
 
 def described(contents: Contents) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def described(contents: Contents) -> dict[str, Any]:
     return {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
-        "injections": manifest.to_dict()["injections"],
+        "injections": manifest_to_json(manifest)["injections"],
         "sites": sites,
         "trainable": {name: _shapes(name, tensors) for name in manifest.trainable},
         "base": base.to_dict() if base is not None else None,
@@ -47,7 +49,7 @@ def table(contents: Contents) -> Iterator[str]:
         groups: dict[tuple[str, str], list[float]] = {}
         for site in names:
             shapes = " ".join(f"{key} {_by(shape)}" for key, shape in _shapes(site, contents.tensors).items())
-            groups.setdefault((generic_name(site), shapes), []).append(_norm(site, config, contents.tensors))
+            groups.setdefault((generic(site), shapes), []).append(_norm(site, config, contents.tensors))
         width = max((len(name) for name, _ in groups), default=0)
         for (name, shapes), norms in groups.items():
             yield f"  {name:<{width}}  x{len(norms):<3}  {shapes}  norm {_range(norms)}"
@@ -62,7 +64,7 @@ def table(contents: Contents) -> Iterator[str]:
         yield f"base: {len(contents.base.signatures)} weights recorded {found}".rstrip()
         for reason in sorted(set(contents.base.unchecked.values())):
             sites = [site for site, why in contents.base.unchecked.items() if why == reason]
-            yield f"      {describe_sites(sites)} not recorded: {reason}"
+            yield f"      {described_names(sites)} not recorded: {reason}"
     if contents.damage:
         yield f"damaged: {contents.damage}"
 
@@ -73,7 +75,7 @@ def differences(a: Contents, b: Contents) -> Iterator[str]:
     for left, right, name in ((one, two, "first"), (two, one, "second")):
         for kind in ("lora", "adapter", "trainable"):
             if only := [site for site, of in left if of == kind and (site, of) not in right]:
-                yield f"{describe_sites(only)}: {kind} in the {name} alone"
+                yield f"{described_names(only)}: {kind} in the {name} alone"
     changes: dict[str, list[str]] = {}
     values: dict[str, float] = {}
     for key in (key for key in one if key in two):
@@ -84,7 +86,7 @@ def differences(a: Contents, b: Contents) -> Iterator[str]:
         if not _same_tensors(site, a.tensors, b.tensors):
             values[f"{site} ({kind})"] = _distance(site, first, second, a.tensors, b.tensors)
     for change, sites in changes.items():
-        yield f"{describe_sites(sites)}: {change}"
+        yield f"{described_names(sites)}: {change}"
     for name, distance in sorted(values.items(), key=lambda item: -item[1]):
         size = "other shapes" if math.isinf(distance) else f"{100 * distance:.3g} % of the first's size apart"
         yield f"{name}: other values, {size}"

@@ -1,0 +1,92 @@
+"""From model to file: `save` and `adapter_state_dict`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, MiniLoRAError, quoted, several
+from ..names import described
+from ..plan import Manifest
+from ..sites import Site, Sites, require_injected
+from ..training import thawed_parameters
+from .contents import Contents
+from .fingerprint import Fingerprint
+from .formats import native, peft
+from .tensors import is_finite
+
+WriteFormat = Literal["minilora", "peft"]
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return what was trained, by the names that `save` writes; detached, sharing memory with the model.
+
+    Raises:
+        MiniLoRAError: when the model carries no injection.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0", minilora.LoRAConfig(r=1))
+        >>> list(minilora.adapter_state_dict(model))
+        ['0.lora_A', '0.lora_B']
+    """
+    return {key: tensor.detach() for key, tensor in saved_tensors(require_injected(model)).items()}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat = "minilora") -> None:
+    """Write what was trained, with its configuration and a fingerprint of its base. Inverse: `load`.
+
+    "minilora" is one `.safetensors` file. It is written beside its final place, flushed to disk, and then
+    renamed: a good file that stood there is replaced whole or not at all. Merged or not, the same bytes
+    are written.
+
+    "peft" is a folder that PEFT and vLLM read: `adapter_config.json` and `adapter_model.safetensors`. A
+    new folder appears whole or not at all. In one that exists the two files are replaced, others stay; if
+    the process dies meanwhile, the old adapter, the new one, or no `adapter_config.json` is found, never
+    the config of one with the tensors of the other.
+
+    Args:
+        model: an injected model.
+        path: of the file or the folder; the folder it goes in exists.
+        format: "minilora" or "peft".
+
+    Raises:
+        CheckpointError: when a tensor is not finite, or has no values (meta), or the format cannot express
+            what the model carries; nothing is written.
+        MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP or `torch.compile`.
+        OSError: when the file cannot be written.
+    """
+    if format not in get_args(WriteFormat):
+        raise MiniLoRAError(f"format must be one of {quoted(get_args(WriteFormat))}, not {format!r}")
+    injected = require_injected(model)
+    tensors = {key: tensor.detach() for key, tensor in saved_tensors(injected).items()}
+    problems = [f"{key!r} is on the meta device and has no values" for key, t in tensors.items() if t.is_meta]
+    problems += [f"{key!r} is not finite" for key, t in tensors.items() if not t.is_meta and not is_finite(t)]
+    if problems:
+        raise CheckpointError(several(problems, outcome="nothing has been written"))
+    if thawed := thawed_parameters(model, injected):
+        warnings.warn(
+            f"{described(thawed)}: trains, and is not saved with the adapter, since no injection brought it. "
+            "Name its module in inject(..., trainable=[...]), or freeze it: minilora.freeze(model)",
+            UserWarning,
+            stacklevel=2,
+        )
+    contents = Contents(Manifest.of(injected), tensors, base=Fingerprint.of(injected))
+    if format == "peft":
+        peft.write(Path(path), contents, Sites(model))
+    else:
+        native.write(Path(path), contents)
+
+
+def saved_tensors(injected: Mapping[str, Site]) -> dict[str, Tensor]:
+    """Return what is trained, by the names that a file uses; the tensors themselves."""
+    return {
+        f"{name}.{key}": tensor
+        for name, site in injected.items()
+        for wrapper in site.wrappers
+        for key, tensor in wrapper.saved_state().items()
+    }

@@ -1,0 +1,176 @@
+"""`Site`: a place in a model. A model is walked once, into `Sites`, and the walk is passed on.
+
+    model.encoder.query: Adapter                 Site(name="encoder.query",
+             └── base: LoRALinear                     wrappers=(the Adapter, the LoRALinear),
+                    └── base: nn.Linear                bare=the nn.Linear)
+
+Names are those of the bare model, so they are the same before and after an injection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .errors import MiniLoRAError, quoted
+from .module import InjectedModule
+from .torch_internals import children, is_shard, lazy_parameters, put_child
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model: what belongs there, and the wrappers that stand around it."""
+
+    name: str
+    """In the bare model."""
+    bare: nn.Module
+    """The module that was there before any injection."""
+    wrappers: tuple[InjectedModule, ...] = ()
+    """Outermost first; empty where nothing was injected."""
+
+    @property
+    def outermost(self) -> nn.Module:
+        """What stands in the model under the name at present."""
+        return self.wrappers[0] if self.wrappers else self.bare
+
+
+class Sites(Mapping[str, Site]):
+    """Every place in a model by name, in the model's order; a shared module comes under each name.
+
+    Args:
+        model: injected or bare. What wrappers added is left out, and so is the model itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._by_name = {site.name: site for site in _walk(model, "")}
+        self._first_names: dict[nn.Module, str] = {}
+        for name, site in self._by_name.items():
+            self._first_names.setdefault(site.bare, name)
+
+    def __getitem__(self, name: str) -> Site:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def first_name(self, site: Site) -> str:
+        """Return the name under which a shared module is known: the first that the walk met."""
+        return self._first_names[site.bare]
+
+    def unique(self) -> Iterator[Site]:
+        """Yield the sites, a shared module under its first name only."""
+        return (self._by_name[name] for name in self._first_names.values())
+
+    def shared(self) -> set[str]:
+        """Return the names of modules that have several."""
+        first = set(self._first_names.values())
+        return {
+            name
+            for again, site in self._by_name.items()
+            if again not in first
+            for name in (again, self.first_name(site))
+        }
+
+    def injected(self) -> dict[str, Site]:
+        """Return the sites that carry wrappers."""
+        return {site.name: site for site in self.unique() if site.wrappers}
+
+
+def _walk(module: nn.Module, prefix: str) -> Iterator[Site]:
+    for name, outermost in children(module):
+        wrappers, bare = [], outermost
+        while isinstance(bare, InjectedModule):
+            wrappers.append(bare)
+            bare = bare.base
+        yield Site(prefix + name, bare, tuple(wrappers))
+        yield from _walk(bare, f"{prefix}{name}.")
+
+
+def injected_sites(model: nn.Module) -> dict[str, Site]:
+    """Return the sites of a model that carry wrappers, by name; empty for a bare model."""
+    return Sites(model).injected()
+
+
+def require_injected(model: nn.Module) -> dict[str, Site]:
+    """Return `injected_sites`, or raise where there are none.
+
+    Raises:
+        MiniLoRAError: when the model carries no injection, or is itself inside a wrapper of torch's.
+    """
+    require_unwrapped(model)
+    found = injected_sites(model)
+    if not found:
+        raise MiniLoRAError(
+            f"this {type(model).__name__} carries no injection (none yet, or ejected or fused): "
+            'call minilora.inject(model, targets=["query", "value"]) or minilora.load(model, path) first'
+        )
+    return found
+
+
+def require_enabled(model: nn.Module, act: str) -> dict[str, Site]:
+    """Return `injected_sites`, or raise where there are none, or where they are disabled at present.
+
+    Raises:
+        MiniLoRAError: as `require_injected` does, and inside `minilora.disabled`, naming the act.
+    """
+    found = require_injected(model)
+    if not all(wrapper.enabled for site in found.values() for wrapper in site.wrappers):
+        raise MiniLoRAError(f"{act} cannot work inside minilora.disabled; leave its block first")
+    return found
+
+
+def require_unwrapped(model: nn.Module) -> None:
+    """Raise where a model is not one, or is inside DDP, FSDP or torch.compile, whose names are not ours.
+
+    And where it has lazy modules without a shape yet, whose parameters cannot even be frozen, or holds
+    one process's share of its values.
+
+    Raises:
+        MiniLoRAError: naming the wrapper, or the parameters, and what to write instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise MiniLoRAError(_no_model(model))
+    if lazy := lazy_parameters(model):
+        raise MiniLoRAError(f"{quoted(lazy)} have no shape yet (lazy modules): call the model once first")
+    fixes = {
+        "DistributedDataParallel": "work on the model inside, `ddp.module`; wrap in DDP after injecting",
+        "DataParallel": "work on the model inside, `parallel.module`; wrap after injecting",
+        "FullyShardedDataParallel": "inject or load first, then wrap in FSDP; gather a full model to save",
+        "FSDPModule": "inject or load first, then call fully_shard; gather a full model to save",
+        "OptimizedModule": "work on the model inside, `compiled._orig_mod`; compile after injecting",
+    }
+    for kind in {type(module) for module in model.modules()}:
+        for parent in kind.__mro__:
+            # By name: importing torch.distributed.fsdp for an isinstance check takes seconds.
+            if parent.__name__ in fixes and parent.__module__.startswith("torch."):
+                name = next(name for name, module in model.named_modules() if type(module) is kind)
+                where = f"{name!r} is" if name else "the model is"
+                raise MiniLoRAError(f"{where} wrapped in {parent.__name__}: {fixes[parent.__name__]}")
+    if shards := [name for name, parameter in model.named_parameters() if is_shard(parameter)]:
+        raise MiniLoRAError(
+            f"{quoted(shards)} are one process's share of their values (FSDP, or a DTensor): inject or load "
+            "before sharding, and gather a full model to save"
+        )
+
+
+def _no_model(value: object) -> str:
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        return f"the model must be an nn.Module, not the class {value.__name__}: make an instance of it first"
+    text = f"the model must be an nn.Module, not {value!r:.100} of type {type(value).__name__}"
+    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
+        text += "; the model comes first and the path second: minilora.load(model, path)"
+    return text
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in the place of the old one, under all of the old one's parents."""
+    for parent in list(model.modules()):
+        for name, child in children(parent):
+            if child in replacements:
+                put_child(parent, name, replacements[child])

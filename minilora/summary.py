@@ -1,0 +1,128 @@
+"""`summary`: what stands where in a model, and what of it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .module import InjectedModule
+from .names import generic
+from .sites import injected_sites, require_unwrapped
+from .training import added_tensors, thawed_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummaryRow:
+    """One line of a summary: sites that differ in their indices only.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)), "all-linear")
+        >>> row = minilora.summary(model).rows[0]
+        >>> row.sites, row.count, row.description, row.state
+        ('*', 2, 'LoRA r=8 alpha=16', 'active')
+    """
+
+    sites: str
+    """The generic name of the sites, indices as stars."""
+    count: int
+    """Number of sites."""
+    description: str
+    """Kind and settings."""
+    parameters: int
+    """Number of parameters added at these sites, all together."""
+    state: str
+    """"active", "merged" or "disabled"; "not saved" for parameters that train and no injection brought."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What is injected in a model, and what of it is trained. Prints as a table.
+
+    Example:
+        >>> minilora.summary(nn.Linear(4, 2)).rows
+        ()
+    """
+
+    model: str
+    """Class name of the model."""
+    rows: tuple[SummaryRow, ...]
+    """Groups of sites."""
+    trainable: int
+    """Number of parameters with `requires_grad`."""
+    base: int
+    """Number of parameters of the base model."""
+
+    def __str__(self) -> str:
+        header = ("site", "", "kind", "parameters", "state")
+        cells = [
+            (row.sites, f"x{row.count}", row.description, f"{row.parameters:,}", row.state)
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+        lines = [
+            f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
+            for a, b, c, d, e in [header, *cells]
+        ]
+        rule = "-" * max(map(len, lines))
+        share = 100 * self.trainable / self.base if self.base else 0.0
+        total = f"trainable: {self.trainable:,} parameters, {share:.3g} % of the base's {self.base:,}"
+        return "\n".join([self.model, rule, lines[0], rule, *lines[1:], rule, total])
+
+
+def summary(model: nn.Module) -> Summary:
+    """Return what is injected and what is trained, for `print` and for code.
+
+    Works on any model; a bare one has no rows but for what trains in it.
+
+    Raises:
+        MiniLoRAError: when the model is not one, or is wrapped in DDP, FSDP or `torch.compile`.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0", minilora.LoRAConfig(r=2))
+        >>> minilora.summary(model).trainable
+        32
+    """
+    require_unwrapped(model)
+    injected = injected_sites(model)
+    groups: dict[tuple[str, str, str], list[InjectedModule]] = {}
+    for name, site in injected.items():
+        for wrapper in site.wrappers:
+            state = "merged" if wrapper.merged else "active" if wrapper.enabled else "disabled"
+            groups.setdefault((generic(name), wrapper.description(), state), []).append(wrapper)
+    rows = [
+        SummaryRow(
+            sites=sites,
+            count=len(members),
+            description=description,
+            parameters=sum(
+                tensor.numel()
+                for member in members
+                for tensor in member.saved_state().values()
+                if isinstance(tensor, nn.Parameter)
+            ),
+            state=state,
+        )
+        for (sites, description, state), members in groups.items()
+    ]
+    if injected:
+        thawed: dict[str, list[int]] = {}
+        for name, parameter in thawed_parameters(model, injected).items():
+            thawed.setdefault(generic(name), []).append(parameter.numel())
+        rows += [
+            SummaryRow(
+                sites=name,
+                count=len(n),
+                description="trains, not injected",
+                parameters=sum(n),
+                state="not saved",
+            )
+            for name, n in thawed.items()
+        ]
+    added = added_tensors(injected)
+    return Summary(
+        model=type(model).__name__,
+        rows=tuple(rows),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        base=sum(p.numel() for p in model.parameters() if id(p) not in added),
+    )

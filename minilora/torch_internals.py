@@ -1,0 +1,93 @@
+"""What is needed of torch beyond its public API, in one place, each with its reason.
+
+Everything else in the package goes through public names. When a new release of torch breaks something,
+this is the file to read; `tests/test_torch_contracts.py` holds what is taken for granted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of a module under each of their names.
+
+    `named_children` leaves out the second name of a shared module, which is a place like the first.
+    """
+    for name, child in module._modules.items():
+        if child is not None:
+            yield name, child
+
+
+def put_child(parent: nn.Module, name: str, child: nn.Module) -> None:
+    """Put a module in the place of another.
+
+    `setattr` would go through a `__setattr__` that somebody may have written, and fails on the numeric
+    names in `nn.Sequential` subclasses with properties of their own.
+    """
+    parent._modules[name] = child
+
+
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of another; nothing can fail half-way, and no `__setattr__` interferes."""
+    module._parameters[name] = parameter
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """Return the parameters of a module itself, by name, a shared one under each of its names.
+
+    And without calling anything: `getattr` runs a parametrization, which may write its buffers.
+    """
+    return module._parameters
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module itself, as `own_parameters` does."""
+    both: Mapping[str, Any] = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[str]:
+    """Yield the names of the buffers of a module itself that are part of `state_dict`."""
+    yield from (name for name in module._buffers if name not in module._non_persistent_buffers_set)
+
+
+def put_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
+    """Put a buffer in the place of another, persistent or not as that one was."""
+    module._buffers[name] = buffer
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks may watch or change the call of a module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def lazy_parameters(module: nn.Module) -> list[str]:
+    """Return the names of parameters that have no shape before the first call."""
+    return [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Return whether a tensor holds, or may hold, a part of its values only: FSDP's, or a DTensor.
+
+    FSDP marks what it has flattened with an attribute; importing torch.distributed for its types takes
+    seconds.
+    """
+    if getattr(tensor, "_fsdp_flattened", False):
+        return True
+    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def is_compiling() -> bool:
+    """Return whether `torch.compile` or `torch.export` is tracing."""
+    return torch.compiler.is_compiling()
