@@ -106,11 +106,11 @@ class LoRALinear(InjectedModule):
                     "model.eval() or torch.no_grad() to run it merged"
                 )
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if self._takes_weight_form(x):
+        if len(args) == 1 and not kwargs and self._takes_weight_form(x := args[0]):
             weight, A, B = self._unmerged_weight(), self.lora_A, self.lora_B
             return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=self._transposed)
-        y: Tensor = self.base(*args, **kwargs)
+        y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
+        x = args[0] if args else next(iter(kwargs.values()))
         x = F.dropout(x, self.config.dropout, self.training)
         return add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
 
