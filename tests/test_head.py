@@ -59,6 +59,14 @@ def test_attributes_are_those_of_the_copy():
         assert model.classifier.weight is model.classifier.base.weight
 
 
+def test_a_parameter_that_is_set_is_the_copys_own_as_it_is_when_read():
+    model = minilora.inject(MLP(), "up", trainable="classifier")
+    original, new = model.classifier.base.weight, nn.Parameter(torch.zeros(3, 16))
+    model.classifier.weight = new
+    assert model.classifier.weight is model.classifier.trained.weight is new
+    assert model.classifier.base.weight is original
+
+
 def test_eject_gives_the_original_back_and_fuse_leaves_the_copy():
     model = Classifier()
     before = picture(model)

@@ -136,7 +136,7 @@ def test_a_failure_in_the_middle_leaves_nothing_merged(monkeypatch):
 
 @pytest.mark.parametrize("action", [minilora.merge, minilora.fuse])
 def test_adapters_are_named_and_refused_unless_skipped(action):
-    model = randomise(minilora.inject(MLP(), ["up", "down"]))
+    model = randomise(minilora.inject(MLP().eval(), ["up", "down"]))
     minilora.inject(model, "down", AdapterConfig(bottleneck=2))
     randomise(model)
     expected = model(x := torch.randn(3, 16))
@@ -356,12 +356,13 @@ def test_fuse_refuses_integers():
 
 def test_fuse_keeps_hooks_and_the_very_modules():
     model = MLP()
-    layer, calls = model.up, []
-    layer.register_forward_hook(lambda *_: calls.append(1))
+    layers, calls = [model, model.up, model.classifier], []
+    for layer in (model, model.classifier):  # on a layer that is fused there can be none
+        layer.register_forward_hook(lambda *_: calls.append(1))
     minilora.fuse(minilora.inject(model, "up"))
-    assert model.up is layer
+    assert [model, model.up, model.classifier] == layers
     model(torch.randn(2, 16))
-    assert calls == [1]
+    assert calls == [1, 1]
 
 
 def test_fuse_nested_adapter_around_a_block():
