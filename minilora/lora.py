@@ -147,14 +147,8 @@ class LoRALinear(InjectedModule):
         weight = self._unmerged_weight()
         if not _is_formable(weight):
             raise MergeError(self._weight_problem())
-        return effective_weight(
-            weight,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            transposed=self._transposed,
-            dtype=dtype,
-        )
+        A, B, transposed = self.lora_A, self.lora_B, self._transposed
+        return effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:
