@@ -262,7 +262,10 @@ def test_fuse_restores_the_bare_model_with_the_update_in_its_weights(case, dtype
     assert list(model.state_dict()) == list(bare.state_dict())
     assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in bare.named_modules()]
     for name, value in model.state_dict().items():
-        assert_equal_to_rounding(value, plain.state_dict()[name])
+        if value.is_floating_point():
+            assert_equal_to_rounding(value, plain.state_dict()[name])
+        else:
+            assert raw(value) == raw(plain.state_dict()[name])
     assert_equal_to_rounding(case.run(model), expected)
     with pytest.raises(MiniLoRAError, match="carries no injection"):
         minilora.fuse(model)
