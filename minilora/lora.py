@@ -25,7 +25,7 @@ from .config import LoRAConfig, is_float_dtype
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import add_low_rank, effective_linear, effective_weight, prefers_weight_form
 from .linear import call_problem, computes_plainly, is_managed, linear_shape, plain_weight
-from .module import InjectedModule, device_of, dtype_for, generator_for, signable
+from .module import InjectedModule, bare_module, device_of, dtype_for, generator_for, signable
 from .torch_internals import is_compiling, own_tensors, put_parameter
 
 
@@ -60,7 +60,7 @@ class LoRALinear(InjectedModule):
     ) -> None:
         shape = linear_shape(base)
         if shape is None:
-            raise TargetError(f"{type(base).__name__} is not a linear layer")
+            raise TargetError(f"{type(bare_module(base)).__name__} is not a linear layer")
         if _is_merged(plain_weight(base)):
             raise TargetError("it is merged in another model, which shares the layer: unmerge that one first")
         super().__init__(base)

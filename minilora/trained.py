@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import TargetError
 from .frozen import thaw
-from .module import InjectedModule, require_called
+from .module import InjectedModule, bare_module, require_called
 
 
 class TrainableHead(InjectedModule):
@@ -68,7 +68,7 @@ class TrainableHead(InjectedModule):
 
     def description(self) -> str:
         """Return the kind in a few words."""
-        return f"trained in full ({type(self.base).__name__})"
+        return f"trained in full ({type(bare_module(self.base)).__name__})"
 
     def answering(self) -> nn.Module:
         """Return the copy, or the original inside `minilora.disabled`."""
