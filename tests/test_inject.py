@@ -389,7 +389,7 @@ def test_tie_weights_after_injection_does_not_lose_an_update():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_attention_keeps_its_own_output_where_gradients_are_computed(training):
-    """To rounding: attention computes with out_proj's `.weight`, and torch's kernel follows what it requires."""
+    """To rounding: attention computes with out_proj's `.weight`, and torch chooses by what that requires."""
     model = Attention().train(training)
     x = torch.randn(2, 3, 16)
     expected = model(x)
