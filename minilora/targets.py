@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import nn
 
 from .linear import linear_shape
-from .names import ends_with, generic, nearest, outermost_of, suffix_counts
+from .names import generic, nearest, outermost_of, suffix_counts
 from .sites import Site, Sites
 
 Target: TypeAlias = "str | re.Pattern[str] | Callable[[str, nn.Module], bool]"
@@ -20,6 +20,9 @@ Target: TypeAlias = "str | re.Pattern[str] | Callable[[str, nn.Module], bool]"
 Targets: TypeAlias = "Target | Iterable[Target]"
 
 ALL_LINEAR = "all-linear"
+
+HINTS = 8
+"""For how many targets that match nothing the nearest names are looked for."""
 
 
 def select(
@@ -51,10 +54,14 @@ def select(
             continue
         if target == ALL_LINEAR:
             found = _all_linear(sites, left_alone)
+        elif isinstance(target, str):
+            found = sites.by_end.get(target, set())
         else:
             found = {site.bare for site in sites.values() if _matches(target, site)}
         if not found:
-            problems.append(f"{argument}: {_shown(target)} matches no module{_hint(target, sites)}")
+            # Comparing names is slow, and after a few hints the next ones tell nothing new.
+            hint = _hint(target, sites) if len(problems) < HINTS else ""
+            problems.append(f"{argument}: {_shown(target)} matches no module{hint}")
         matched |= found
     return {site.name: site for site in sites.unique() if site.bare in matched}, problems
 
@@ -110,13 +117,15 @@ def choices(sites: Sites, limit: int = 20) -> str:
 
 def linear_names_within(sites: Sites, outer: Iterable[str]) -> list[str]:
     """Return the linear layers inside some sites, as targets that a user could write instead."""
-    names = set(outer)
-    found: dict[str, None] = {}
-    for name, site in sites.items():
-        above = outermost_of(name, names)
-        if above is not None and above != name and linear_shape(site.bare):
-            found[f"{above.rsplit('.', 1)[-1]}.{name.removeprefix(above + '.')}"] = None
-    return sorted(found)
+    return sorted(
+        {
+            f"{name.rsplit('.', 1)[-1]}.{inner}"
+            for name in outer
+            if name in sites
+            for inner, site in Sites(sites[name].bare).items()
+            if linear_shape(site.bare)
+        }
+    )
 
 
 def _as_list(targets: Targets) -> list[Target]:
@@ -125,9 +134,7 @@ def _as_list(targets: Targets) -> list[Target]:
     return list(targets)
 
 
-def _matches(target: Target, site: Site) -> bool:
-    if isinstance(target, str):
-        return ends_with(site.name, target)
+def _matches(target: re.Pattern[str] | Callable[[str, nn.Module], bool], site: Site) -> bool:
     if isinstance(target, re.Pattern):
         return target.fullmatch(site.name) is not None
     return bool(target(site.name, site.bare))
