@@ -14,6 +14,7 @@ from checks import (
     assert_far,
     frozen,
     injected_modules,
+    interrupted,
     picture,
     randomise,
     raw,
@@ -253,6 +254,31 @@ def test_failure_while_building_changes_nothing(monkeypatch):
         minilora.inject(model, ["up", "down"])
 
 
+def test_interrupted_at_any_line_a_model_is_injected_or_it_is_not():
+    """And ejected or not: a shared layer stands at three places, of which no two may differ."""
+    at, seen = 0, set()
+    while True:
+        model = Shared()
+        bare = list(model.modules())
+        came = interrupted(lambda model=model: minilora.inject(model, ["first", "stack.0"]), at := at + 1)
+        wrapped = isinstance(model.first, minilora.LoRALinear)
+        assert isinstance(model.stack[0], minilora.LoRALinear) == wrapped
+        assert model.first is model.again is model.stack[1]
+        seen.add(wrapped)
+        if not came:
+            break
+        if wrapped:
+            minilora.eject(model)
+        assert list(model.modules()) == bare
+    assert seen == {False, True}
+    came, at = True, 0
+    while came:
+        minilora.inject(model := Shared(), ["first", "stack.0"])
+        came = interrupted(lambda model=model: minilora.eject(model), at := at + 1)
+        assert isinstance(model.stack[0], minilora.LoRALinear) == isinstance(model.first, minilora.LoRALinear)
+        assert model.first is model.again is model.stack[1]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("first", ["lora", "adapter"])
 def test_both_kinds_on_one_site_whatever_the_order(first):
@@ -431,7 +457,7 @@ def test_weights_that_are_offloaded_are_refused(arguments):
     expected = model(x)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     before = list(map(Is, model.modules())), list(map(Is, model.parameters()))
-    with pytest.raises(TargetError, match="offloaded.*inject or load first, then dispatch"):
+    with pytest.raises(TargetError, match=r"offloaded.*inject or load first, then dispatch"):
         minilora.inject(model, **arguments)
     assert (list(map(Is, model.modules())), list(map(Is, model.parameters()))) == before
     assert_equal_to_rounding(model(x), expected)
