@@ -405,16 +405,22 @@ def test_a_warning_turned_into_an_error_leaves_the_model_as_it_was():
         minilora.inject(model, "query")
 
 
-def test_tie_weights_after_injection_does_not_lose_an_update():
-    model = CASES["gpt2"].build()
-    minilora.inject(model, ["c_attn", "lm_head"])
-    head = model.lm_head
-    try:
-        model.tie_weights()
-    except (KeyError, AttributeError):
-        return  # loud is as good
+def test_tie_weights_after_injection_keeps_the_update_and_the_tie():
+    model = randomise(minilora.inject(CASES["gpt2"].build(), ["c_attn", "lm_head"]))
+    head, expected = model.lm_head, CASES["gpt2"].run(model)
+    model.transformer.wte.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+    assert head.base.weight is not model.transformer.wte.weight
+    model.tie_weights()
     assert model.lm_head is head
     assert head.base.weight is model.transformer.wte.weight
+    assert_equal_to_rounding(CASES["gpt2"].run(model), expected)
+
+
+def test_tying_merged_weights_is_refused():
+    model = minilora.merge(randomise(minilora.inject(CASES["gpt2"].build(), "lm_head")))
+    model.transformer.wte.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+    with pytest.raises(minilora.MiniLoRAError, match=r"'weight' cannot be set on a merged layer; .*unmerge"):
+        model.tie_weights()
 
 
 @pytest.mark.parametrize("training", [True, False])
