@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig
-from minilora.cli import base_files, fuse_files
-from minilora.cli import main
+from minilora.cli import base_files, fuse_files, main
 
 transformers = pytest.importorskip("transformers")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minilora.linear import plain_weight, linear_shape
+from minilora.linear import linear_shape, plain_weight
 
 
 class Packed(nn.Module):

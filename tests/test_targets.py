@@ -11,7 +11,6 @@ from torch import nn
 import minilora
 from minilora import LoRAConfig, MiniLoRAError, TargetError
 from minilora.names import described, generic
-from minilora.sites import Sites
 from minilora.targets import choices, head_modules, select
 
 SMALL = LoRAConfig(r=2)
