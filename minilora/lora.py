@@ -12,26 +12,24 @@ changes nothing until a step is taken. Here the base runs its own forward with W
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import LoRAConfig, is_float_dtype
+from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import effective_weight
 from .layout import Layout, layout_of
-from .module import InjectedModule, bare_module, device_of, dtype_for, generator_for, signable
+from .mergeable import Mergeable, is_formable, is_merged
+from .module import bare_module, device_of, dtype_for, generator_for
 from .torch_internals import is_compiling, own_tensors, put_parameter
-from .view import Substitution
 from .weight import EffectiveWeight
 
 
-class LoRA(Substitution):
+class LoRA(Mergeable):
     """A layer of any kind with a trainable low-rank update beside one of its weights.
 
     Args:
@@ -88,22 +86,14 @@ class LoRA(Substitution):
         self.site = site
         self.layout = layout
         self.scaling = config.scaling
-        # In a tuple, because a Parameter as an attribute would register itself.
-        self._original: tuple[nn.Parameter] | None = None
         self._told: set[str] = set()
         device, dtype = device or device_of(self.bare), dtype_for(self.bare, config.torch_dtype)
         shapes = (*layout.leading, config.r, layout.inputs), (*layout.leading, layout.outputs, config.r)
         for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
             # Registering would find the A and B of a wrapper further in, and take them for its own.
             put_parameter(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.register_load_state_dict_pre_hook(_refuse_to_load_when_merged)  # type: ignore[no-untyped-call]
-        self.register_state_dict_post_hook(_show_original_weight)  # type: ignore[no-untyped-call]
+        self.listen_to_state_dicts()
         self.reset_parameters(site)
-
-    @property
-    def bare(self) -> nn.Module:
-        """The module that owns the weight, inside all wrappers."""
-        return bare_module(self.base)
 
     @torch.no_grad()
     def reset_parameters(self, site: str = "") -> None:
@@ -133,18 +123,6 @@ class LoRA(Substitution):
         self.require_unmerged_to_train()
         return super().forward(*args, **kwargs)
 
-    def require_unmerged_to_train(self) -> None:
-        """Raise where a merged layer would be trained.
-
-        Raises:
-            MiniLoRAError: in training mode with gradients.
-        """
-        if self.merged and self.training and torch.is_grad_enabled():
-            raise MiniLoRAError(
-                "a merged layer does not train: call minilora.unmerge(model) before training, or "
-                "model.eval() or torch.no_grad() to run it merged"
-            )
-
     def value(self) -> EffectiveWeight:
         """Return W + s B A as a value that need not be formed."""
         transposed = self.layout.transposed
@@ -161,8 +139,8 @@ class LoRA(Substitution):
         where = f"{self.site or type(self.bare).__name__!r}.{self.parameter}"
         if self.training and self.config.dropout:
             raise MiniLoRAError(
-                f"{where}: dropout has nothing to act on in {function}, which computes with the whole weight; "
-                "set dropout=0"
+                f"{where}: dropout has nothing to act on in {function}, which computes with the whole "
+                "weight; set dropout=0"
             )
         if is_compiling() or function in self._told:
             return
@@ -198,6 +176,11 @@ class LoRA(Substitution):
         A, B = self.lora_A, self.lora_B
         return effective_weight(weight, A, B, self.scaling, transposed=self.layout.transposed, dtype=dtype)
 
+    def reach(self) -> Tensor:
+        """Return a bound on the values of s B A: the largest sum of a row of |B|, times the largest |A|."""
+        A, B = self.lora_A.detach().double().abs(), self.lora_B.detach().double().abs()
+        return abs(self.scaling) * B.sum(-1).max() * A.max()
+
     def substituted(self) -> Tensor:
         """Return the weight that outside code may read and compute with: what this layer applies at present.
 
@@ -209,123 +192,6 @@ class LoRA(Substitution):
         """
         return self.effective_weight()
 
-    def unmerged_weight(self) -> Tensor:
-        """Return W, whether merged or not."""
-        weight: Tensor = getattr(self.bare, self.parameter)
-        return self._original[0] if self._original else weight
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base computes with W_eff at present."""
-        return self.__dict__.get("_original") is not None
-
-    @torch.no_grad()
-    def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
-        """Return why W_eff cannot be formed and take W's place, or None.
-
-        Args:
-            dtype: that W_eff would be rounded to; None means W's own.
-        """
-        weights = self.replaced_by_merging()
-        if not weights:
-            return self.weight_problem()
-        if not self.merged and is_merged(weights[0]):
-            return "it is merged in another model, which shares the layer: unmerge that one first"
-        if weights[0].is_meta and "_hf_hook" in vars(self.bare):
-            return (
-                "its weight is offloaded and has no values here: merge or fuse before dispatching the model"
-            )
-        return self._overflow(weights[0], dtype or weights[0].dtype)
-
-    def weight_problem(self) -> str:
-        """Return why the base's weight is not one that W_eff can be formed from and take the place of."""
-        return f"{self.parameter!r} of {type(self.bare).__name__} is no longer a parameter of its own"
-
-    def _overflow(self, weight: Tensor, dtype: torch.dtype) -> str | None:
-        """Return how many values of W_eff are infinite or NaN where W's are not, in words, or None.
-
-        W_eff is formed only where a bound on its values says that it may be needed.
-        """
-        if weight.is_meta or self.lora_A.is_meta or not weight.numel():
-            return None
-        reach = (
-            abs(self.scaling) * self.lora_B.double().abs().sum(-1).max() * self.lora_A.double().abs().max()
-        )
-        low, high = torch.aminmax(weight)
-        bound = torch.maximum(low.double().abs(), high.double().abs()) + reach.to(weight.device)
-        if bound.item() < torch.finfo(dtype).max / 2:
-            return None
-        lost = ~torch.isfinite(self.effective_weight(dtype)) & torch.isfinite(weight)
-        if not (count := int(lost.sum())):
-            return None
-        return (
-            f"{count} of {weight.numel()} values of W + scaling B A are not finite in {dtype}: A or B holds "
-            "NaN or inf, or the values are too large for it"
-        )
-
-    def replaced_by_merging(self) -> tuple[nn.Parameter, ...]:
-        """Return W in the base's layout; nothing where it is no plain parameter."""
-        weight = self._original[0] if self._original else own_tensors(self.bare).get(self.parameter)
-        return (weight,) if isinstance(weight, nn.Parameter) and is_formable(weight) else ()
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Swap W_eff in as the base's weight; W itself is kept, untouched. Inverse: `unmerge`.
-
-        Merging a merged layer changes nothing. Interrupted at any point, `unmerge` sets it right.
-
-        Raises:
-            MergeError: when the base's weight is quantised or otherwise not a plain tensor.
-        """
-        if self.merged:
-            return
-        originals = self.replaced_by_merging()
-        if not originals:
-            raise MergeError(self.weight_problem())
-        merged = nn.Parameter(self.effective_weight(), requires_grad=originals[0].requires_grad)
-        merged.minilora_merged = True  # type: ignore[attr-defined]  # for another model that shares the layer
-        self._original = (originals[0],)
-        # A new Parameter: writing into the old one would reach whatever is tied to it.
-        put_parameter(self.bare, self.parameter, merged)
-
-    def unmerge(self) -> None:
-        """Put the very same W back. Inverse: `merge`. On an unmerged layer nothing happens."""
-        if self._original is not None:
-            put_parameter(self.bare, self.parameter, self._original[0])
-            self._original = None
-
-    @contextlib.contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """Compute with W for the time of a block. The merged weight is kept, so its return cannot fail."""
-        if self._original is None:
-            yield
-            return
-        (original,), merged = self._original, own_tensors(self.bare)[self.parameter]
-        self.unmerge()
-        try:
-            yield
-        finally:
-            now = own_tensors(self.bare).get(self.parameter)
-            if now is original and (now.device, now.dtype) == (merged.device, merged.dtype):
-                self._original = (original,)
-                put_parameter(self.bare, self.parameter, merged)  # type: ignore[arg-type]
-            else:  # moved, cast or tied meanwhile
-                self.merge()
-
-    @torch.no_grad()
-    def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return the base with W_eff as its weight, rounded once to `dtype`; W and the update are let go."""
-        original = self.unmerged_weight()
-        weight = nn.Parameter(self.effective_weight(dtype), requires_grad=original.requires_grad)
-        self._original = None
-        put_parameter(self.bare, self.parameter, weight)
-        return self.base
-
-    def signed_weight(self) -> Tensor | str | None:
-        """Return W in the base's layout, merged or not; or why it has no values."""
-        weight = self._original[0] if self._original else own_tensors(self.bare).get(self.parameter)
-        return signable(weight)
-
     def description(self) -> str:
         """Return the kind, rank and scale in a few words."""
         details = [f"r={self.config.r}", f"alpha={self.config.alpha:g}"]
@@ -336,44 +202,3 @@ class LoRA(Substitution):
     def extra_repr(self) -> str:
         """Return what `print(model)` shows beside the name."""
         return f"{self.description()}, merged={self.merged}"
-
-    # torch has no public hook for what is moved and cast.
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRA:
-        """Move or cast the kept original with the rest, so that unmerging needs no second thought."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._original is not None:
-            # By torch's own rules: the object stays, and its ties, wherever they would stay in a module.
-            self._original = (nn.ParameterList(self._original)._apply(fn)[0],)  # type: ignore[no-untyped-call]
-        return self
-
-
-def is_formable(weight: object) -> bool:
-    """Return whether W + s B A can be formed from a weight: an ordinary tensor of a dtype for weights."""
-    return type(weight) in (Tensor, nn.Parameter) and is_float_dtype(weight.dtype)  # type: ignore[attr-defined]
-
-
-def is_merged(weight: Tensor | None) -> bool:
-    """Return whether a weight is one that `LoRA.merge` put in place."""
-    return getattr(weight, "minilora_merged", False)
-
-
-def _show_original_weight(layer: LoRA, state_dict: dict[str, Any], prefix: str, _: object) -> None:
-    """Let `state_dict` have the original W even when merged, so that no update counts twice."""
-    if layer._original is None:
-        return
-    below, base = f"{prefix}base.", layer.base
-    while isinstance(base, InjectedModule):
-        below, base = f"{below}base.", base.base
-    key = f"{below}{layer.parameter}"
-    if key in state_dict:
-        original = layer._original[0]
-        state_dict[key] = original if isinstance(state_dict[key], nn.Parameter) else original.detach()
-
-
-def _refuse_to_load_when_merged(layer: LoRA, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Keep `load_state_dict` from writing into a merged weight, which `unmerge` would throw away."""
-    if layer.merged:
-        error_msgs: list[str] = rest[-1]
-        error_msgs.append(f"{prefix[:-1]!r} is merged: call minilora.unmerge(model), then load")
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            del state_dict[key]  # or torch would go on and write

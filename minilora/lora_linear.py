@@ -19,7 +19,8 @@ from .errors import TargetError
 from .functional import add_low_rank, effective_linear, prefers_weight_form
 from .layout import Layout
 from .linear import call_problem, computes_plainly, linear_shape
-from .lora import LoRA, is_formable
+from .lora import LoRA
+from .mergeable import is_formable
 from .module import InjectedModule
 from .torch_internals import is_compiling, own_tensors
 

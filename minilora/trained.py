@@ -104,12 +104,15 @@ class TrainedParameter(Substitution):
     kind = "trainable"
     position = 1
 
+    trained: nn.Parameter
+
     def __init__(self, base: nn.Module, parameter: str) -> None:
         super().__init__(base, parameter)
         original = own_parameters(bare_module(base))[parameter]
         if original is None or not original.is_floating_point():
             raise TargetError(f"trainable names {parameter!r}, which is no floating-point parameter")
-        self.trained = nn.Parameter(original.detach().clone())
+        # Registering would find the copy of a wrapper further in, and take it for its own.
+        put_parameter(self, "trained", nn.Parameter(original.detach().clone()))
 
     def placed_at(self, site: str) -> str:
         """Return the parameter's own name."""
