@@ -67,8 +67,7 @@ class LoRALinear(LoRA):
         if self.merged or not self.enabled:
             self.require_unmerged_to_train()
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if self._takes_weight_form(x):
+        if len(args) == 1 and not kwargs and self._takes_weight_form(x := args[0]):
             weight, A, B, transposed = (
                 self.unmerged_weight(),
                 self.lora_A,
@@ -76,7 +75,8 @@ class LoRALinear(LoRA):
                 self.layout.transposed,
             )
             return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
-        y: Tensor = self.base(*args, **kwargs)
+        y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
+        x = args[0] if args else next(iter(kwargs.values()))
         x = F.dropout(x, self.config.dropout, self.training)
         return add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
 

@@ -175,16 +175,19 @@ class InjectedModule(nn.Module):
             return getattr(self.answering(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a parameter under a name that the base has goes to the base.
+        """Set an attribute; a parameter under a name that the base has goes where it is read: to the base.
 
         So code that ties weights by assignment, as transformers' `tie_weights` does, reaches the layer.
         """
-        base = self.__dict__.get("_modules", {}).get("base")
-        if isinstance(value, nn.Parameter) and base is not None and name in own_parameters(bare_module(base)):
-            if self.merged:
-                raise MiniLoRAError(f"{name!r} cannot be set on a merged layer; call minilora.unmerge first")
-            setattr(base, name, value)
-            return
+        if isinstance(value, nn.Parameter) and "base" in self.__dict__.get("_modules", ()):
+            layer = self.answering()
+            if name in own_parameters(bare_module(layer)):
+                if self.merged:
+                    raise MiniLoRAError(
+                        f"{name!r} cannot be set on a merged layer; call minilora.unmerge first"
+                    )
+                setattr(layer, name, value)
+                return
         super().__setattr__(name, value)
 
     def initial_value(self, name: str, tensor: Tensor, bare: dict[str, Tensor]) -> Tensor:

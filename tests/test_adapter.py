@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import TOLERANCE, distance, raw
+from checks import TOLERANCE, distance, raw, unchanged
 from models import in_dtypes
 from torch import nn
 
@@ -97,7 +97,7 @@ def test_widths_are_read_off_the_base(base, widths):
 
 
 def test_widths_that_cannot_be_read_off_must_be_given():
-    for base in (nn.GELU(), nn.Sequential(nn.Linear(3, 3), nn.Flatten()), nn.ModuleList([nn.Linear(3, 3)])):
+    for base in (nn.GELU(), nn.Sequential(nn.Linear(3, 3), nn.Flatten())):
         with pytest.raises(TargetError, match=r"output width of .* give AdapterConfig\(hidden_size="):
             Adapter(base, AdapterConfig())
     layer = Adapter(nn.GELU(), AdapterConfig(hidden_size=5))
@@ -198,16 +198,16 @@ def test_no_merged_form():
 
 
 def test_containers():
-    """A Sequential computes under an adapter; a ModuleList, which does not, fails at its first use."""
+    """A Sequential computes under an adapter; a ModuleList, which is never called, is refused."""
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4))
     x = torch.randn(2, 4)
     plain = model(x)
     minilora.inject(model, "0", AdapterConfig())
     assert torch.equal(model(x), plain)
     listed = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
-    minilora.inject(listed, "layers", AdapterConfig(hidden_size=4))
-    with pytest.raises(TypeError, match="not iterable"):
-        iter(listed["layers"])
+    says = "'layers': a ModuleList is never called itself; .* linear layers inside it: 'layers.0'"
+    with unchanged(listed), pytest.raises(TargetError, match=says):
+        minilora.inject(listed, "layers", AdapterConfig(hidden_size=4))
 
 
 def test_reset_parameters():

@@ -34,12 +34,12 @@ def step(model):
 def test_copy_is_trained_and_the_original_is_not():
     model = minilora.inject(Classifier(), "body", trainable="head")
     head = model.head
-    before = state(head.base)
-    assert state(head.trained) == before
+    original, copied = state(head.base), state(head.trained)
+    assert list(copied.values()) == list(original.values())
     step(model)
-    assert state(head.base) == before
-    changed = {key for key, value in state(head.trained).items() if value != before[key]}
-    assert changed == set(before)  # the running statistics, too
+    assert state(head.base) == original
+    changed = {key for key, value in state(head.trained).items() if value != copied[key]}
+    assert changed == set(Classifier().head.state_dict())  # the running statistics, too
     assert not any(p.requires_grad for p in head.base.parameters())
 
 
@@ -57,6 +57,14 @@ def test_attributes_are_those_of_the_copy():
     assert model.classifier.weight is model.classifier.trained.weight
     with minilora.disabled(model):
         assert model.classifier.weight is model.classifier.base.weight
+
+
+def test_a_parameter_that_is_set_is_the_copys_own_as_it_is_when_read():
+    model = minilora.inject(MLP(), "up", trainable="classifier")
+    original, new = model.classifier.base.weight, nn.Parameter(torch.zeros(3, 16))
+    model.classifier.weight = new
+    assert model.classifier.weight is model.classifier.trained.weight is new
+    assert model.classifier.base.weight is original
 
 
 def test_eject_gives_the_original_back_and_fuse_leaves_the_copy():

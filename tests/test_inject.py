@@ -8,6 +8,7 @@ import torch
 from checks import (
     assert_equal_to_rounding,
     assert_far,
+    frozen,
     injected_modules,
     picture,
     randomise,
@@ -21,6 +22,7 @@ from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, TargetError
+from minilora.frozen import keeps_statistics
 
 
 def adapter_targets(case):
@@ -38,22 +40,21 @@ def inject_adapters(case, model, **options):
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_injection_is_a_bit_exact_identity(case, dtype, mode):
     model = getattr(case.build(dtype), mode)()
-    expected = case.run(model)
+    expected = case.run(frozen(model))
     minilora.inject(model, case.targets, trainable=())
     assert raw(case.run(model)) == raw(expected)
-    assert all(module.training is (mode == "train") for module in model.modules())
+    assert all(m.training is (mode == "train") for m in model.modules() if not keeps_statistics(m))
 
 
 @on_adapter_sites
 @in_dtypes
 @pytest.mark.parametrize("placement", ["sequential", "parallel"])
 def test_adapter_injection_is_a_bit_exact_identity(case, dtype, placement):
-    model = case.build(dtype)
-    expected = case.run(
-        model.train()
-    )  # in eval the fused path of nn.TransformerEncoderLayer rounds otherwise
+    # In eval the fused path of nn.TransformerEncoderLayer rounds otherwise.
+    model = case.build(dtype).train()
+    expected = case.run(frozen(model))
     inject_adapters(case, model, placement=placement)
-    assert torch.equal(case.run(model), expected)
+    assert raw(case.run(model)) == raw(expected)
 
 
 @on_grid
@@ -115,14 +116,16 @@ def test_a_step_of_an_adapter_leaves_the_base(case):
 @on_grid
 @in_dtypes
 def test_eject_gives_the_very_same_model_back(case, dtype):
-    model = case.build(dtype)
-    hook = model.get_submodule(list(dict(model.named_modules()))[-1]).register_forward_hook(lambda *_: None)
+    model, merging = case.build(dtype), dtype == torch.bfloat16
+    # On the model itself, or, where nothing is merged, on what is often a site.
+    hooked = model if merging else model.get_submodule(list(dict(model.named_modules()))[-1])
+    hook = hooked.register_forward_hook(lambda *_: None)
     before = picture(model)
     minilora.inject(model, case.targets, trainable=())
     if case.targets[-1] != "out_proj":
         minilora.inject(model, case.targets[-1], AdapterConfig(bottleneck=2), trainable=())
     randomise(model)
-    if dtype == torch.bfloat16:
+    if merging:
         minilora.merge(model, skip_adapters=True)
     minilora.eject(model)
     model.requires_grad_(True)
@@ -176,10 +179,6 @@ BAD = {
     "no match": ({"targets": "nothing"}, "'nothing' matches no module"),
     "no targets": ({"targets": []}, "targets: none given"),
     "unsupported site": ({"targets": ["up", "act"]}, "'act': Tanh is not a linear layer"),
-    "rank above the smaller side": (
-        {"targets": ["up", "classifier"], "config": LoRAConfig(r=4)},
-        r"'classifier': r = 4 exceeds the smaller side of a layer of \(3, 16\)",
-    ),
     "width unknown": (
         {"targets": ["up", "act"], "config": AdapterConfig()},
         r"'act': the output width of Tanh .*hidden_size=",
@@ -386,9 +385,11 @@ def test_tie_weights_after_injection_does_not_lose_an_update():
     assert head.base.weight is model.transformer.wte.weight
 
 
-def test_attention_keeps_its_own_output():
-    model = Attention().eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_keeps_its_own_output_where_gradients_are_computed(training):
+    """To rounding: attention computes with out_proj's `.weight`, and torch's kernel follows what it requires."""
+    model = Attention().train(training)
     x = torch.randn(2, 3, 16)
     expected = model(x)
     minilora.inject(model, "all-linear")
-    assert torch.equal(model(x), expected)
+    assert_equal_to_rounding(model(x), expected)
