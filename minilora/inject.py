@@ -139,7 +139,7 @@ def _configured(
     placed: list[tuple[Config, str]] = []
     problems: list[str] = []
     of_site: Callable[[Site], object]
-    if isinstance(config, Mapping):
+    if isinstance(config, Mapping) and all(isinstance(value, Config) for value in config.values()):
         matched = {target: set(matching(target, sites)) for target in config}
         problems += [
             f"config: {target!r} matches none of the sites" for target in config if not matched[target]
@@ -166,7 +166,7 @@ def _configured(
             raise TypeError(f"config must be a LoRAConfig or an AdapterConfig, not {found!r:.100}")
         else:
             # LoRA at a module is LoRA on its weight: one site, one name.
-            on_weight = isinstance(found, LoRAConfig) and site.parameter == "weight"
+            on_weight = isinstance(found, LoRAConfig) and site.parameter == "weight" and site.owner
             placed.append((found, site.owner if on_weight else site.name))
     if without:
         problems.append(f"config: no entry matches {described(without)}")

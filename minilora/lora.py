@@ -86,6 +86,7 @@ class LoRA(Mergeable):
         self.site = site
         self.layout = layout
         self.scaling = config.scaling
+        self._original = None
         self._told: set[str] = set()
         device, dtype = device or device_of(self.bare), dtype_for(self.bare, config.torch_dtype)
         shapes = (*layout.leading, config.r, layout.inputs), (*layout.leading, layout.outputs, config.r)

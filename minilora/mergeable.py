@@ -69,7 +69,7 @@ class Mergeable(Substitution):
     @property
     def merged(self) -> bool:
         """Whether the base computes with W_eff at present."""
-        return self.__dict__.get("_original") is not None
+        return self._original is not None
 
     @torch.no_grad()
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
