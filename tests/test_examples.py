@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import minilora
 
@@ -338,7 +339,6 @@ def test_what_cannot_be_resumed_says_so(
     arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--output", str(folder)]
     with ctrl_c(2):
         assert script.main(arguments) == 130
-    before = (folder / "resume.pt").read_bytes()
 
     def refusal(main: Callable[[list[str]], int], *arguments: str) -> str:
         assert main(list(arguments)) == 2
@@ -350,11 +350,15 @@ def test_what_cannot_be_resumed_says_so(
     with pytest.raises(SystemExit):
         script.main(["--resume", str(folder), "--lr", "0.001", "--epochs", "5"])
     assert "leave out --epochs, --lr" in capsys.readouterr().err
-    with monkeypatch.context() as patch:
-        patch.setattr(example("finetune.batches"), "HELD_OUT", 0.02)  # as if the data had changed
-        assert "holds another run; data: " in refusal(script.main, "--resume", str(folder))
-    assert (folder / "resume.pt").read_bytes() == before
-    (folder / "resume.pt").write_bytes(before[:1000])
+    device = read_metrics(folder)["device"].partition(":")[0]
+    monkeypatch.setattr(example("finetune.batches"), "HELD_OUT", 0.02)  # as if the data had changed
+    for then, others in ((f"{device}:7", ""), ("tpu:0", f"; device: tpu then, {device} now")):
+        state = torch.load(folder / "resume.pt", weights_only=True)
+        state["metrics"]["device"] = then
+        torch.save(state, folder / "resume.pt")
+        err = refusal(script.main, "--resume", str(folder))
+        assert re.search(f"holds another run; data: [^;]*{others}\n$", err)
+    (folder / "resume.pt").write_bytes((folder / "resume.pt").read_bytes()[:1000])
     assert "start it again with --overwrite" in refusal(script.main, "--resume", str(folder))
 
 
@@ -408,7 +412,7 @@ def test_progress_is_a_bar_in_a_terminal_and_a_line_now_and_then_in_a_log(
 def test_a_loss_that_is_no_number_ends_the_run(
     example: Callable[[str], ModuleType], tiny_bert: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--lr", "1e38"]
+    arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--lr", "1e30"]
     assert example("sst2").main([*arguments, "--max-grad-norm", "0"]) == 2
     assert "try a lower --lr" in capsys.readouterr().err
 
@@ -420,8 +424,7 @@ def test_each_script_tells_its_whole_story_in_few_lines(script: str) -> None:
     story = (
         "minilora.inject(",
         "AdamW(",
-        ".logits",
-        "cross_entropy(",
+        "cross_entropy(model(**batch).logits, labels)",
         ".backward(loss)",
         "clip_grad_norm_(",
         "optimizer.step()",
@@ -499,6 +502,40 @@ def test_what_does_not_fit_ends_with_a_message(
         pytest.skip("fp16 fits a GPU")
     assert example("sst2").main(["--model", tiny_bert, "--data", str(SAMPLE), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "message"),
+    [
+        (
+            "review,label",
+            "good,{}",
+            "a column 'sentence' or 'text' and a column 'label'; it has review, label",
+        ),
+        ("text,label", "good,{}{}", "needs the labels 0 and 1; its split train also has 11"),
+        ("text,label", "good,pos{}", "needs the labels 0 and 1: "),
+        ("text,label", "7,{}", "needs texts in its column 'text'; its split train has int64"),
+    ],
+)
+def test_data_of_another_kind_ends_with_a_message(
+    columns: str,
+    row: str,
+    message: str,
+    example: Callable[[str], ModuleType],
+    tiny_bert: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [row.format(label, label) for label in (0, 1) for _ in range(20)]
+    for split in ("train", "validation"):
+        (folder / f"{split}.csv").write_text("\n".join([columns, *rows]) + "\n", encoding="utf-8")
+    assert example("sst2").main(["--model", tiny_bert, "--data", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sst2.py: error: the data 'data (local folder)' ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

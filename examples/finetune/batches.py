@@ -120,15 +120,34 @@ def _tokenised(
             split = split.select(range(min(args.limit, len(split))))
         return split.map(tokenise, batched=True, remove_columns=split.column_names)
 
+    labelled = _labelled(DatasetDict({split: raw[split] for split in ("train", reported_split)}), text, name)
     try:
-        labelled = DatasetDict({split: raw[split] for split in ("train", reported_split)}).cast_column(
-            "label", ClassLabel(names=list(LABELS))
-        )
         halves = labelled["train"].train_test_split(
             test_size=HELD_OUT, stratify_by_column="label", seed=args.seed
         )
-    except (ValueError, TypeError) as error:
+    except ValueError as error:  # too few examples
         raise ExampleError(f"the data {name!r} cannot be split: {error}") from error
     # The reported split is shuffled always alike: runs with different seeds report on the same examples.
     reported = labelled[reported_split].shuffle(seed=0)
     return prepare(halves["train"]), prepare(halves["test"]), prepare(reported), reported_split
+
+
+def _labelled(data: DatasetDict, text: str, name: str) -> DatasetDict:
+    """The same data with labels that are known to be 0 or 1, beside texts that are known to be texts."""
+    try:
+        labelled = data.cast_column("label", ClassLabel(names=list(LABELS)))
+    except (ValueError, TypeError) as error:
+        raise ExampleError(f"the data {name!r} needs the labels 0 and 1: {error}") from error
+    for split, examples in labelled.items():
+        if others := sorted({str(label) for label in examples.unique("label")} - {"0", "1"}):
+            raise ExampleError(
+                f"the data {name!r} needs the labels 0 and 1; its split {split} also has {', '.join(others)}"
+            )
+        if examples.features[text].dtype not in ("string", "large_string"):
+            raise ExampleError(
+                f"the data {name!r} needs texts in its column {text!r}; its split {split} has "
+                f"{examples.features[text].dtype}"
+            )
+        if missing := examples.data.column(text).null_count:
+            raise ExampleError(f"the data {name!r} has no text in {missing:,} examples of its split {split}")
+    return labelled

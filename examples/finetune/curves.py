@@ -10,6 +10,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+LEAST_SPAN = 0.1  # of the axis of accuracy
+
 
 def plot_curves(metrics: dict[str, Any], step_losses: Sequence[float], path: Path) -> None:
     """Draws loss and accuracy over the epochs that there are.
@@ -55,6 +57,10 @@ def plot_curves(metrics: dict[str, Any], step_losses: Sequence[float], path: Pat
     accuracy.set_ylabel("accuracy")
     accuracy.set_xlim(0.75, epochs[-1] + 0.25)
     accuracy.margins(y=0.15)
+    bottom, top = accuracy.get_ylim()
+    if top - bottom < LEAST_SPAN:  # chance must not look like a steep slope
+        middle = (bottom + top) / 2
+        accuracy.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

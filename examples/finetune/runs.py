@@ -58,7 +58,7 @@ def start(fine_tune: Callable[[Run], int], name: str, title: str, args: argparse
         print(f"{name}.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt or 'Interrupted.'}", file=sys.stderr)
+        print(f"\n{str(interrupt) or 'Interrupted.'}", file=sys.stderr)
         return interrupts.EXIT_CODE
     return code
 
@@ -226,15 +226,19 @@ class Run:
 
     def _resume(self, state: dict[str, Any], model: nn.Module) -> None:
         then, now = state["metrics"], self.metrics
-        same = ("method", "model", "data", "parameters", "device", "processes")
+        before, after = _identity(then), _identity(now)
         differences = [
-            f"{name}: {then[name]} then, {now[name]} now" for name in same if then[name] != now[name]
+            f"{name}: {before[name]} then, {after[name]} now"
+            for name in before
+            if before[name] != after[name]
         ]
         if differences:
             raise ExampleError(f"{self.folder} holds another run; " + "; ".join(differences))
         if any(then[name] != now[name] for name in ("versions", "threads")):
-            self.say("NOTICE: packages or threads differ from those that the run began with, and its result\n"
-                     "        may differ from that of an uninterrupted run.\n")  # fmt: skip
+            self.say(
+                "NOTICE: packages or threads differ from those that the run began with, and its result\n"
+                "        may differ from that of an uninterrupted run.\n"
+            )
         if self.accelerator.is_main_process:
             self.adapter.write_bytes(state["adapter"].numpy().tobytes())
         self.accelerator.wait_for_everyone()
@@ -262,3 +266,10 @@ class Run:
         return (
             f"{message}{finished}; {METRICS} and {CURVES} are there. To go on after the last:\n    {command}"
         )
+
+
+def _identity(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    same = {name: metrics[name] for name in ("method", "model", "data", "parameters", "processes")}
+    kind, _, _ = metrics["device"].partition(":")  # each process has one of its own: cuda:0, cuda:1
+    return {**same, "device": kind}

@@ -87,15 +87,15 @@ def open_sources(args: argparse.Namespace, accelerator: Accelerator, *, data: st
     replaced = []
     with accelerator.main_process_first():
         try:
-            tokenizer = load_tokenizer(model_source)
             model = load_model(model_source, args.seed)
+            tokenizer = load_tokenizer(model_source)
         except ExampleError:
             if args.model is not None:
                 raise
             replaced.append(model_source.name)
             model_source = packaged_model()
-            tokenizer = load_tokenizer(model_source)
             model = load_model(model_source, args.seed)
+            tokenizer = load_tokenizer(model_source)
         try:
             raw = load_raw_data(data_source)
         except ExampleError:
@@ -209,7 +209,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path)
     except (OSError, ValueError) as error:
-        raise _out_of_reach("model", source, error) from error
+        raise _out_of_reach("tokeniser of the model", source, error) from error
     return tokenizer
 
 
@@ -228,7 +228,9 @@ def load_raw_data(source: Source) -> DatasetDict:
 
 
 def _out_of_reach(what: str, source: Source, error: Exception) -> ExampleError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason, _, rest = (str(error).strip() or type(error).__name__).partition("\n")
+    if reason.rstrip().endswith(":"):  # a list follows
+        reason = " ".join([reason.rstrip(), *rest.split()])
     if Path(source.path).is_dir():
         return ExampleError(f"the {what} in {source.path} cannot be read: {reason}")
     return ExampleError(
