@@ -369,9 +369,14 @@ def test_overhead(script, tmp_path, monkeypatch):
     overhead = script("overhead")
     monkeypatch.setitem(overhead.IMPORTS, "+ PEFT", "math; raise ImportError('spared in this test')")
     monkeypatch.setattr(script("bench.imports"), "is_installed", lambda package: True)
+    import resource  # not on Windows
+
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with transformers, and much else
     imports, qv = run(overhead, tmp_path / "result.json", "--targets", "qv")
     rows = rows_of(imports)
     assert rows[None, "+ minilora"]["memory_bytes"] > 2**20
+    if Path("/proc/self/status").exists():
+        assert rows[None, "torch + safetensors"]["memory_bytes"] < own
     assert "spared in this test" in rows[None, "+ PEFT"]["not_measured"]
     rows = rows_of(qv)
     assert {point for point, _ in rows} == set(script("bench.operations").OPERATIONS)
