@@ -21,7 +21,7 @@ from .layout import Layout
 from .linear import call_problem, computes_plainly, linear_shape
 from .lora import LoRA
 from .mergeable import is_formable
-from .module import InjectedModule
+from .module import InjectedModule, bare_module
 from .torch_internals import is_compiling, own_tensors
 
 
@@ -50,7 +50,7 @@ class LoRALinear(LoRA):
     ) -> None:
         shape = linear_shape(base)
         if shape is None:
-            raise TargetError(f"{type(base).__name__} is not a linear layer")
+            raise TargetError(f"{type(bare_module(base)).__name__} is not a linear layer")
         # Past `Substitution`: the base is called as it is, whatever its weight may be.
         InjectedModule.__init__(self, base)
         self.parameter = "weight"

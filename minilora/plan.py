@@ -114,7 +114,12 @@ class Plan:
         return {name: Site(name, bare[name], tuple(wrappers)) for name, wrappers in self.wrappers.items()}
 
     def put_in_place(self) -> None:
-        """Swap the new wrappers in, under all parents of what they stand around."""
+        """Swap the new wrappers in, under all parents of what they stand around.
+
+        Warns:
+            UserWarning: where a rank exceeds the smaller side of a layer; before anything has changed.
+        """
+        _warn_of_wide_ranks(self)
         replace_modules(self.model, self.replacements)
         for wrappers in self.wrappers.values():
             for wrapper in wrappers:
@@ -128,9 +133,6 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
         manifest: what shall stand where.
         sites: of the model, as it is.
         without_values: make new parameters on the meta device, for values that come from a file.
-
-    Warns:
-        UserWarning: where a rank exceeds the smaller side of a layer, when there is no problem.
     """
     plan, problems = Plan(sites.model), Problems()
 
@@ -161,8 +163,6 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
     for site in in_full:
         if site.parameter is None:
             add(site, TrainableHead, TrainableHead.position)
-    if not problems:
-        _warn_of_wide_ranks(plan)
     return plan, problems
 
 
@@ -221,11 +221,17 @@ def _taken(site: Site, config: Config, sites: Sites, plan: Plan) -> str | None:
         return problem
     if site.parameter is not None and len(sites.owners(site)) > 1:
         return f"is one parameter of several modules ({quoted(sites.owners(site))}); untie it first"
-    if is_managed(site.bare) and any(p is not None and p.is_meta for p in own_parameters(site.bare).values()):
-        return (
-            "its weights are offloaded, so what is trained would have no values of its own: inject or load "
-            "first, then dispatch the model with accelerate"
-        )
+    return _offloaded(site)
+
+
+def _offloaded(site: Site) -> str | None:
+    """Return why nothing can be made beside weights that accelerate brings in only for a call, or None."""
+    for module in site.bare.modules():
+        if is_managed(module) and any(p is not None and p.is_meta for p in own_parameters(module).values()):
+            return (
+                "its weights are offloaded, so what is trained would have no values of its own: inject or "
+                "load first, then dispatch the model with accelerate"
+            )
     return None
 
 

@@ -9,13 +9,15 @@ Names are those of the bare model, so they are the same before and after an inje
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from .errors import MiniLoRAError, quoted
 from .module import InjectedModule
+from .names import ends
 from .torch_internals import children, is_shard, lazy_parameters, own_parameters, put_child
 
 
@@ -50,9 +52,13 @@ class Sites(Mapping[str, Site]):
 
     Args:
         model: injected or bare. What wrappers added is left out, and so is the model itself.
+
+    Raises:
+        MiniLoRAError: when the model is not one.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        require_module(model)
         self.model = model
         self._by_name = {site.name: site for site in _walk(model, "")}
         self._first_names: dict[nn.Module, str] = {}
@@ -83,6 +89,16 @@ class Sites(Mapping[str, Site]):
     def unique(self) -> Iterator[Site]:
         """Yield the sites, a shared module under its first name only."""
         return (self._by_name[name] for name in self._first_names.values())
+
+    @functools.cached_property
+    def by_end(self) -> dict[str, list[str]]:
+        """The modules' names, a shared one's first, by each end of a name in whole segments."""
+        return _by_end((name, self.first_name(site)) for name, site in self._by_name.items())
+
+    @functools.cached_property
+    def parameters_by_end(self) -> dict[str, list[str]]:
+        """The parameters' names by each of their ends in whole segments."""
+        return _by_end((site.name, site.name) for site in self.parameters())
 
     def parameters(self) -> Iterator[Site]:
         """Yield the parameters of the bare model as sites, those of a shared module once."""
@@ -118,6 +134,14 @@ class Sites(Mapping[str, Site]):
     def injected(self) -> dict[str, Site]:
         """Return the sites that carry wrappers."""
         return {site.name: site for site in self.unique() if site.wrappers}
+
+
+def _by_end(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, dict[str, None]] = {}
+    for name, known_as in names:
+        for end in ends(name):
+            found.setdefault(end, {})[known_as] = None
+    return {end: list(names_of_end) for end, names_of_end in found.items()}
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[Site]:
@@ -172,8 +196,7 @@ def require_unwrapped(model: nn.Module) -> None:
     Raises:
         MiniLoRAError: naming the wrapper, or the parameters, and what to write instead.
     """
-    if not isinstance(model, nn.Module):
-        raise MiniLoRAError(_no_model(model))
+    require_module(model)
     if lazy := lazy_parameters(model):
         raise MiniLoRAError(f"{quoted(lazy)} have no shape yet (lazy modules): call the model once first")
     fixes = {
@@ -197,13 +220,21 @@ def require_unwrapped(model: nn.Module) -> None:
         )
 
 
-def _no_model(value: object) -> str:
-    if isinstance(value, type) and issubclass(value, nn.Module):
-        return f"the model must be an nn.Module, not the class {value.__name__}: make an instance of it first"
-    text = f"the model must be an nn.Module, not {value!r:.100} of type {type(value).__name__}"
-    if isinstance(value, (str, bytes)) or hasattr(value, "__fspath__"):
-        text += "; the model comes first and the path second: minilora.load(model, path)"
-    return text
+def require_module(model: object) -> None:
+    """Raise where a model is not one, but its class, its path, or something else.
+
+    Raises:
+        MiniLoRAError: naming it.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        given = f"the class {model.__name__}: make an instance of it first"
+    else:
+        given = f"{model!r:.100} of type {type(model).__name__}"
+    if isinstance(model, (str, bytes)) or hasattr(model, "__fspath__"):
+        given += "; the model comes first and the path second: minilora.load(model, path)"
+    raise MiniLoRAError(f"the model must be an nn.Module, not {given}")
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

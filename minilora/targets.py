@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .linear import linear_shape
-from .names import ends_with, generic, nearest, outermost_of, suffix_counts
+from .names import generic, nearest, outermost_of, suffix_counts
 from .sites import Site, Sites
 from .torch_internals import own_parameters
 
@@ -22,6 +22,9 @@ rules. The string "all-linear" is a target of its own."""
 Targets: TypeAlias = "Target | Iterable[Target]"
 
 ALL_LINEAR = "all-linear"
+
+HINTS = 8
+"""For how many targets that match nothing the nearest names are looked for."""
 
 
 def select(
@@ -53,7 +56,9 @@ def select(
             continue
         found = _all_linear(sites, left_alone) if target == ALL_LINEAR else matching(target, sites)
         if not found:
-            problems.append(f"{argument}: {_shown(target)} matches no module{_hint(target, sites)}")
+            # Comparing names is slow, and after a few hints the next ones tell nothing new.
+            hint = _hint(target, sites) if len(problems) < HINTS else ""
+            problems.append(f"{argument}: {_shown(target)} matches no module{hint}")
         matched.update(found)
     in_order = (*sites.unique(), *sites.parameters())
     return {site.name: site for site in in_order if site.name in matched}, problems
@@ -61,6 +66,8 @@ def select(
 
 def matching(target: Target, sites: Sites) -> list[str]:
     """Return the names that a target matches: of modules, a shared one by its first; else of parameters."""
+    if isinstance(target, str):
+        return sites.by_end.get(target) or sites.parameters_by_end.get(target, [])
     modules = {sites.first_name(site) for site in sites.values() if _matches(target, site.name, site.bare)}
     return list(modules) or [
         site.name
@@ -147,13 +154,15 @@ def choices(sites: Sites, limit: int = 20) -> str:
 
 def linear_names_within(sites: Sites, outer: Iterable[str]) -> list[str]:
     """Return the linear layers inside some sites, as targets that a user could write instead."""
-    names = set(outer)
-    found: dict[str, None] = {}
-    for name, site in sites.items():
-        above = outermost_of(name, names)
-        if above is not None and above != name and linear_shape(site.bare):
-            found[f"{above.rsplit('.', 1)[-1]}.{name.removeprefix(above + '.')}"] = None
-    return sorted(found)
+    return sorted(
+        {
+            f"{name.rsplit('.', 1)[-1]}.{inner}"
+            for name in outer
+            if name in sites and sites[name].parameter is None
+            for inner, site in Sites(sites[name].bare).items()
+            if linear_shape(site.bare)
+        }
+    )
 
 
 def as_list(targets: Targets) -> list[Target]:
@@ -163,9 +172,7 @@ def as_list(targets: Targets) -> list[Target]:
     return list(targets)
 
 
-def _matches(target: Target, name: str, value: Any) -> bool:
-    if isinstance(target, str):
-        return ends_with(name, target)
+def _matches(target: re.Pattern[str] | Callable[[str, Any], bool], name: str, value: Any) -> bool:
     if isinstance(target, re.Pattern):
         return target.fullmatch(name) is not None
     return bool(target(name, value))

@@ -71,7 +71,7 @@ class TrainableHead(InjectedModule):
 
     def description(self) -> str:
         """Return the kind in a few words."""
-        return f"trained in full ({type(self.base).__name__})"
+        return f"trained in full ({type(bare_module(self.base)).__name__})"
 
     def answering(self) -> nn.Module:
         """Return the copy, or the original inside `minilora.disabled`."""

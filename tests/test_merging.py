@@ -177,7 +177,7 @@ def with_buffer() -> nn.Module:
 @pytest.mark.parametrize("make", [parametrised, with_buffer])
 def test_a_weight_that_nothing_can_take_the_place_of(make):
     """Assigning to it would write into the parameters behind it, or could not be taken back."""
-    model = nn.Sequential(make(), nn.Linear(16, 16))
+    model = nn.Sequential(make(), nn.Linear(16, 16)).requires_grad_(False)
     x = torch.randn(40, 16)
     plain = model(x)
     randomise(minilora.inject(model, "all-linear"))

@@ -42,10 +42,10 @@ def test_wrapper_is_in_the_mode_of_its_base(training):
 
 def test_names_of_sites_are_those_of_the_bare_model():
     model = nn.ModuleDict({"block": MLP(), "head": nn.Linear(16, 16)})
-    names = [name for name in Sites(model)]
+    names = list(Sites(model))
     minilora.inject(model, ["block.up", "head"], trainable=["block.classifier"])
     minilora.inject(model, ["block", "head"], AdapterConfig(bottleneck=2, hidden_size=3))
-    assert [name for name in Sites(model)] == names
+    assert list(Sites(model)) == names
     assert {name: [w.kind for w in found] for name, found in injected_modules(model).items()} == {
         "block": ["adapter"],
         "block.up": ["lora"],
