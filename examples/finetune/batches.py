@@ -111,8 +111,11 @@ def _tokenised(
             f"{', '.join(columns)}"
         )
 
+    # The cache knows earlier work by all that the function refers to: by nothing that changes with the run.
+    tokenizer, max_length = sources.tokenizer, args.max_length
+
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = sources.tokenizer(batch[text], truncation=True, max_length=args.max_length)
+        encoded = tokenizer(batch[text], truncation=True, max_length=max_length)
         return {**encoded, "labels": batch["label"]}
 
     def prepare(split: Dataset) -> Dataset:

@@ -41,7 +41,8 @@ def plot_curves(metrics: dict[str, Any], step_losses: Sequence[float], path: Pat
     window = max(1, round(steps_per_epoch / 6))
     smooth = torch.tensor(step_losses).unfold(0, window, 1).mean(dim=1).tolist()
     middles = [(step + (window + 1) / 2) / steps_per_epoch for step in range(len(smooth))]
-    loss.plot(middles, smooth, color="#3b6ea8", label=f"training (mean over {window} steps)")
+    each = "every step" if window == 1 else f"mean over {window} steps"
+    loss.plot(middles, smooth, color="#3b6ea8", label=f"training ({each})")
     for key, name, style in (held_out, reported):
         records = [record for record in metrics["epochs"] if key in record]
         if not records:

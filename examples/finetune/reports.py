@@ -83,8 +83,8 @@ def plan(metrics: dict[str, Any]) -> str:
     if data["embedded"]:
         note = f"a small sample that comes with the project; it is not {metrics['task']}"
         lines.insert(3, f"           {note}")
-    if note := short_run(metrics):
-        lines += ["", f"NOTICE: {note}"]
+    if notice := short_run(metrics):
+        lines += ["", f"NOTICE: {notice}"]
     return "\n".join(lines) + "\n"
 
 

@@ -193,7 +193,8 @@ class Run:
             order=self.order,
             accelerator=self.accelerator,
         )
-        self._write()
+        if self.accelerator.is_main_process:
+            self._write()
 
     def complete(self, checks: dict[str, Any], sentences: list[dict[str, Any]]) -> int:
         """Writes and says what came of the run; for the main process alone. Returns the exit code."""
@@ -203,7 +204,7 @@ class Run:
         self.metrics["sentences"] = sentences
         self.metrics["completed"] = True
         self.metrics["seconds"] = round(time.perf_counter() - self.started, 1)
-        self._write()
+        self._write_metrics()
         (self.folder / STATE).unlink(missing_ok=True)
         self.say(reports.report(self.metrics))
         self.say(f"\n{self.metrics['seconds']:.0f} s. In {self.folder}: {ADAPTER}, {METRICS}, {CURVES}")
@@ -217,12 +218,13 @@ class Run:
         return f"epoch {self.epoch}/{self.args.epochs}"
 
     def _write(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        text = json.dumps(self.metrics, indent=2) + "\n"
-        (self.folder / METRICS).write_text(text, encoding="utf-8")
+        self._write_metrics()
         if self.metrics["epochs"]:
             plot_curves(self.metrics, self.step_losses, self.folder / CURVES)
+
+    def _write_metrics(self) -> None:
+        text = json.dumps(self.metrics, indent=2) + "\n"
+        (self.folder / METRICS).write_text(text, encoding="utf-8")
 
     def _resume(self, state: dict[str, Any], model: nn.Module) -> None:
         then, now = state["metrics"], self.metrics
