@@ -31,8 +31,8 @@ from .trained import TrainableHead, TrainedParameter
 CONFIGS: dict[str, type[Config]] = {config.kind: config for config in (LoRAConfig, AdapterConfig)}
 """The config of each kind that has one, by the kind's name."""
 
-POSITIONS: dict[str, int] = {wrapper.kind: wrapper.position for wrapper in (LoRA, Adapter)}
-"""Where the wrappers of each kind of config go among those at a site."""
+WRAPPERS: dict[str, type[InjectedModule]] = {LoRA.kind: LoRA, Adapter.kind: Adapter}
+"""The wrappers that configs of each kind ask for; `LoRALinear` is a `LoRA`."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
         if site.parameter is not None:
             add(site, partial(TrainedParameter, parameter=site.parameter), TrainedParameter.position)
     default = device_of(sites.model)
-    for config, names in sorted(manifest.injections, key=lambda entry: POSITIONS[entry[0].kind]):
+    for config, names in sorted(manifest.injections, key=lambda entry: WRAPPERS[entry[0].kind].position):
         for name in names:
             problem = _missing(name, sites, problems) or _taken(sites[name], config, sites, plan)
             if problem:
@@ -159,7 +159,7 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
                 continue
             device = torch.device("meta") if without_values else device_of(sites[name].bare, default)
             make = partial(_wrapper, config=config, site=sites[name], device=device)
-            add(sites[name], make, POSITIONS[config.kind])
+            add(sites[name], make, WRAPPERS[config.kind].position)
     for site in in_full:
         if site.parameter is None:
             add(site, TrainableHead, TrainableHead.position)

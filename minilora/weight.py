@@ -102,65 +102,10 @@ class EffectiveWeight:
         """Whether W is a matrix, or a stack of them: nothing of its dimensions is flattened in R."""
         return self.weight.dim() == self.left.dim()
 
-    # What code asks of a weight before it computes with it.
-
-    @property
-    def shape(self) -> torch.Size:
-        """W's shape."""
-        return self.weight.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """W's dtype."""
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """W's device."""
-        return self.weight.device
-
-    @property
-    def ndim(self) -> int:
-        """W's number of dimensions."""
-        return self.weight.ndim
-
     @property
     def requires_grad(self) -> bool:
         """Whether any of the parts does."""
         return self.weight.requires_grad or self.left.requires_grad or self.right.requires_grad
-
-    @property
-    def is_cuda(self) -> bool:
-        """Whether W is on a GPU."""
-        return self.weight.is_cuda
-
-    def dim(self) -> int:
-        """Return W's number of dimensions."""
-        return self.weight.dim()
-
-    def size(self, dim: int | None = None) -> Any:
-        """Return W's shape, or one of its sizes."""
-        return self.weight.shape if dim is None else self.weight.shape[dim]
-
-    def numel(self) -> int:
-        """Return W's number of elements."""
-        return self.weight.numel()
-
-    def data_ptr(self) -> int:
-        """Return W's address, by which code tells whether it is aligned."""
-        return self.weight.data_ptr()
-
-    def is_floating_point(self) -> bool:
-        """Return True: nothing else carries a low-rank update."""
-        return True
-
-    def is_contiguous(self, **kwargs: Any) -> bool:
-        """Return whether W is."""
-        return self.weight.is_contiguous(**kwargs)
-
-    def stride(self, dim: int | None = None) -> Any:
-        """Return W's strides, or one of them."""
-        return self.weight.stride() if dim is None else self.weight.stride(dim)
 
     def contiguous(self) -> EffectiveWeight:
         """Return this value: the product that it stands for is in order by itself."""
@@ -210,7 +155,9 @@ class EffectiveWeight:
         return self.transpose(0, 1)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the whole has under a name: any other method of a tensor is right, if costly."""
+        """Return what W says of its shape and place, or what the whole has: right, if costly."""
+        if name in DESCRIBING:
+            return getattr(self.weight, name)
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.whole(name), name)
@@ -245,6 +192,15 @@ def _form(value: Any, function: str) -> Any:
         return type(value)(_form(item, function) for item in value)
     return value
 
+
+DESCRIBING = frozenset(
+    (
+        *("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta", "dim", "size", "numel"),
+        *("stride", "data_ptr", "element_size", "is_contiguous", "is_floating_point", "is_complex"),
+        *("is_nested", "is_sparse", "is_quantized"),
+    )
+)
+"""What code asks of a weight before it computes with it."""
 
 FORMED_BY_DESIGN = frozenset({"multi_head_attention_forward"})
 """Functions of many tokens per weight, for which forming it is the cheap way: the weight form."""

@@ -301,7 +301,7 @@ def test_second_injection_leaves_the_first_trainable_and_as_it_is():
 def test_root_module_is_no_site():
     model = nn.Linear(4, 4)
     for targets in ("all-linear", "", lambda name, module: True):
-        with unchanged(model), pytest.raises(TargetError, match="matches no module|of the model itself"):
+        with unchanged(model), pytest.raises(TargetError, match=r"matches no module|of the model itself"):
             minilora.inject(model, targets)
 
 
@@ -431,7 +431,7 @@ def test_weights_that_are_offloaded_are_refused(arguments):
     expected = model(x)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     before = list(map(Is, model.modules())), list(map(Is, model.parameters()))
-    with pytest.raises(TargetError, match="offloaded.*inject or load first, then dispatch"):
+    with pytest.raises(TargetError, match=r"offloaded.*inject or load first, then dispatch"):
         minilora.inject(model, **arguments)
     assert (list(map(Is, model.modules())), list(map(Is, model.parameters()))) == before
     assert_equal_to_rounding(model(x), expected)

@@ -14,7 +14,7 @@ from ..adapter import Adapter
 from ..config import Config, LoRAConfig
 from ..errors import quoted
 from ..files.contents import Contents
-from ..lora import LoRALinear
+from ..lora import LoRA
 from ..names import outermost_of
 from ..trained import TrainableHead
 from .updates import LowRank, Update, Values
@@ -116,7 +116,7 @@ def _values(part: Part) -> Values:
 
 
 KINDS: dict[str, Kind] = {
-    LoRALinear.kind: Kind("LoRA", ("lora_A", "lora_B"), _low_rank),
+    LoRA.kind: Kind("LoRA", ("lora_A", "lora_B"), _low_rank),
     Adapter.kind: Kind(
         "bottleneck adapter",
         ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias"),
