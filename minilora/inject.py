@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import AdapterConfig, Config, LoRAConfig
 from .errors import TargetError, quoted, several
+from .module import is_called
 from .names import described, lies_within
 from .plan import Manifest, build, grouped
 from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
@@ -177,11 +178,13 @@ def _members(heads: dict[str, Site], sites: Sites) -> dict[str, Site]:
     """Return the sites with every list of modules, which is never called itself, given by its members."""
     found: dict[str, Site] = {}
     for name, site in heads.items():
-        if site.parameter is None and isinstance(site.bare, (nn.ModuleList, nn.ModuleDict)):
+        a_list = isinstance(site.bare, (nn.ModuleList, nn.ModuleDict)) and not is_called(site.bare)
+        if site.parameter is None and a_list:
             members = {f"{name}.{child}": sites[f"{name}.{child}"] for child, _ in site.bare.named_children()}
+            # Without any, the list stays, to be refused by name.
             found |= _members(
                 {n: m for n, m in members.items() if any(True for _ in m.bare.parameters())}, sites
-            )
+            ) or {name: site}
         else:
             found[name] = site
     return found

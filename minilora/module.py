@@ -208,14 +208,20 @@ def signable(weight: Tensor | None) -> Tensor | str:
     return "on the meta device, without values" if weight.is_meta else weight  # type: ignore[union-attr, return-value]
 
 
+def is_called(module: nn.Module) -> bool:
+    """Return whether a module has something to be called, which `nn.ModuleList` and its like do not."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
 def require_called(base: nn.Module) -> None:
     """Raise for a container that is only read, as `nn.ModuleList` is: around it, nothing would be called.
 
     Raises:
         TargetError: naming its type.
     """
-    if type(base).forward is nn.Module.forward and "forward" not in vars(base):
-        raise TargetError(f"a {type(base).__name__} is never called itself; choose the modules inside it")
+    if not is_called(base):
+        instead = "modules inside it" if any(True for _ in base.children()) else "module that it belongs to"
+        raise TargetError(f"a {type(base).__name__} is never called itself; choose the {instead}")
 
 
 def bare_module(module: nn.Module) -> nn.Module:

@@ -111,6 +111,52 @@ def test_every_problem_comes_at_once_with_what_there_is_to_choose_from():
         assert re.search(problem, message), problem
 
 
+def bert_like():
+    return nn.ModuleDict(
+        {"attention": nn.ModuleDict({k: nn.Linear(4, 4) for k in ("query", "key", "value")})}
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "near"),
+    [
+        (bert_like, "q_proj", r"nearest: 'query' \(x1\)"),
+        (bert_like, "v", r"nearest: 'value' \(x1\)"),
+        (bert_like, "self.query", r"nearest: 'query' \(x1\)"),
+        (bert_like, "all_linear", "did you mean 'all-linear'"),
+        (bert_like, "ALL LINEAR", "did you mean 'all-linear'"),
+        (bert_like, "linear", "did you mean 'all-linear'"),
+        (lambda: nn.ModuleDict({"q_lin": nn.Linear(4, 4)}), "q_proj", r"nearest: 'q_lin' \(x1\)"),
+    ],
+)
+def test_what_people_are_used_to_gets_a_nearest_name(make, target, near):
+    with pytest.raises(TargetError, match=rf"targets: '{target}' matches no module; {near}"):
+        minilora.inject(make(), target, SMALL)
+
+
+def test_after_a_few_hints_the_next_ones_are_left_out():
+    with pytest.raises(TargetError) as caught:
+        minilora.inject(tower(), ["quary"] * 20, SMALL)
+    lines = [line for line in str(caught.value).splitlines() if "'quary' matches no module" in line]
+    assert len(lines) == 20
+    assert sum("nearest: 'query'" in line for line in lines) == 8
+
+
+def test_the_only_linear_layer_may_be_what_is_trained():
+    model = nn.ModuleDict({"body": nn.GRU(4, 4), "fc": nn.Linear(4, 4)})
+    says = "'all-linear' matches no module: every linear layer is trained in full, as `trainable` says, or is"
+    with unchanged(model), pytest.raises(TargetError, match=says):
+        minilora.inject(model, "all-linear", SMALL, trainable=["fc"])
+
+
+@pytest.mark.parametrize("target", ["all-linear", "weight", re.compile(".*")])
+def test_a_layer_is_not_a_model_of_layers(target):
+    says = r'The model is itself a Linear, .*: model = nn\.Sequential\(layer\), and "0" as the target'
+    with pytest.raises(TargetError, match=says):
+        minilora.inject(nn.Linear(4, 4), target, SMALL)
+    minilora.inject(nn.Sequential(nn.Linear(4, 4)), "0", SMALL)
+
+
 def test_no_targets():
     for targets in ([], (), iter([])):
         with pytest.raises(TargetError, match="targets: none given"):
