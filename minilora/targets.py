@@ -208,8 +208,8 @@ def _hint(target: Target, sites: Sites) -> str:
     if target == ALL_LINEAR:
         some = any(linear_shape(site.bare) for site in sites.values())
         return (
-            ": every linear layer is trained in full, as `trainable` says, or is the output head, which must be "
-            "named itself"
+            ": every linear layer is trained in full, as `trainable` says, or is the output head, which must "
+            "be named itself"
             if some
             else ""
         )

@@ -27,7 +27,7 @@ CORE = [
     ["plan", "summary"],
     ["inject", "merging"],
 ]
-# On the core stand the rooms, each on those before it, and on them the two doors.
+# On the core stands the room of files, on both the package's public face, and on that the command line.
 ROOMS = ["files", "cli"]
 DOORS = ["__init__", "__main__"]
 
@@ -65,10 +65,10 @@ def room_of(name):
 
 
 def floors(names):
-    """Return the floor of each module: the core's one by one, then a room each, then the doors."""
+    """Return the floor of each module: the core's one by one, then rooms and doors in turn."""
     floor = {name: level for level, names in enumerate(CORE) for name in names}
-    floor |= {name: len(CORE) + ROOMS.index(room_of(name)) for name in names if room_of(name)}
-    return floor | {name: len(CORE) + len(ROOMS) for name in DOORS}
+    above = {"files": len(CORE), "__init__": len(CORE) + 1, "cli": len(CORE) + 2, "__main__": len(CORE) + 3}
+    return floor | {name: above[room_of(name) or name] for name in names if name not in floor}
 
 
 def arrows_that_point_up(floor, arrows):
