@@ -59,7 +59,6 @@ class Adapter(InjectedModule):
     """
 
     kind = "adapter"
-    innermost = False
     mergeable = False
 
     config: AdapterConfig
@@ -75,7 +74,7 @@ class Adapter(InjectedModule):
             widths = Widths(source, config.hidden_size, widths.spatial if widths else _spatial_dims(base))
         if widths is None:
             raise TargetError(
-                f"the output width of {type(base).__name__} cannot be read off it: "
+                f"the output width of {type(bare_module(base)).__name__} cannot be read off it: "
                 "give AdapterConfig(hidden_size=...)"
             )
         super().__init__(base)
@@ -215,6 +214,10 @@ def _widths(module: nn.Module) -> Widths | None:
         return Widths(module.normalized_shape[-1], module.normalized_shape[-1])
     if isinstance(module, _ConvNd):
         return Widths(module.in_channels, module.out_channels, len(module.kernel_size))
+    if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
+        return Widths(
+            module.num_features, module.num_features, 2 if isinstance(module, nn.BatchNorm2d) else 3
+        )
     if isinstance(module, nn.Sequential):
         known = [widths for child in module if (widths := _widths(child))]
         keeping = (nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh)

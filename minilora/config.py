@@ -52,7 +52,10 @@ class Config:
 
     def _problems(self) -> Iterator[str]:
         if self.dtype is not None and not is_float_dtype(self.dtype):
-            yield f"dtype must be a floating-point torch.dtype, its name, or None, not {self.dtype!r}"
+            yield (
+                "dtype must be float16, bfloat16, float32 or float64, torch's own or its name, or None, "
+                f"not {self.dtype!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values. Inverse: `from_dict`."""

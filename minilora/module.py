@@ -43,8 +43,8 @@ class InjectedModule(nn.Module):
 
     kind: ClassVar[str]
     """The name of this kind of injection, in files and in summaries."""
-    innermost: ClassVar[bool] = True
-    """Whether a new wrapper goes next to the bare module, inside those that are there; else around them."""
+    position: ClassVar[int] = 3
+    """The order of wrappers at one site: those of a lower position stand further in, next to the module."""
     mergeable: ClassVar[bool] = True
     """Whether this kind can be merged and fused at all; `merge_problem` knows the exceptions."""
     trains: ClassVar[bool] = True
@@ -72,6 +72,10 @@ class InjectedModule(nn.Module):
         """Whether the base computes with a merged weight at present."""
         return False
 
+    def placed_at(self, site: str) -> str:
+        """Return the name by which a manifest knows this wrapper: the site's, or a parameter's below it."""
+        return site
+
     def begin(self) -> None:
         """Do what remains to be done once the wrapper stands in the model. Nothing for most kinds."""
 
@@ -96,13 +100,17 @@ class InjectedModule(nn.Module):
             values: tensors on the right device, of the right shapes and dtypes. Where a parameter has no
                 values yet (it is on the meta device), the tensor given becomes its data.
         """
-        for name, live in self.saved_state().items():
-            if live.is_meta and not values[name].is_meta:
-                owner, _, leaf = name.rpartition(".")
-                new = nn.Parameter(values[name], requires_grad=live.requires_grad)
-                put_parameter(self.get_submodule(owner), leaf, new)
+        owners = {
+            id(parameter): (module, name)
+            for module in self.modules()
+            for name, parameter in own_parameters(module).items()
+        }
+        for key, live in self.saved_state().items():
+            if live.is_meta and not values[key].is_meta:
+                new = nn.Parameter(values[key], requires_grad=live.requires_grad)
+                put_parameter(*owners[id(live)], new)
             else:
-                live.copy_(values[name])
+                live.copy_(values[key])
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the tensors beside the base, by their names in this module; the tensors themselves."""
@@ -167,16 +175,19 @@ class InjectedModule(nn.Module):
             return getattr(self.answering(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a parameter under a name that the base has goes to the base.
+        """Set an attribute; a parameter under a name that the base has goes where it is read: to the base.
 
         So code that ties weights by assignment, as transformers' `tie_weights` does, reaches the layer.
         """
-        base = self.__dict__.get("_modules", {}).get("base")
-        if isinstance(value, nn.Parameter) and base is not None and name in own_parameters(bare_module(base)):
-            if self.merged:
-                raise MiniLoRAError(f"{name!r} cannot be set on a merged layer; call minilora.unmerge first")
-            setattr(base, name, value)
-            return
+        if isinstance(value, nn.Parameter) and "base" in self.__dict__.get("_modules", ()):
+            layer = self.answering()
+            if name in own_parameters(bare_module(layer)):
+                if self.merged:
+                    raise MiniLoRAError(
+                        f"{name!r} cannot be set on a merged layer; call minilora.unmerge first"
+                    )
+                setattr(layer, name, value)
+                return
         super().__setattr__(name, value)
 
     def initial_value(self, name: str, tensor: Tensor, bare: dict[str, Tensor]) -> Tensor:
@@ -197,14 +208,20 @@ def signable(weight: Tensor | None) -> Tensor | str:
     return "on the meta device, without values" if weight.is_meta else weight  # type: ignore[union-attr, return-value]
 
 
+def is_called(module: nn.Module) -> bool:
+    """Return whether a module has something to be called, which `nn.ModuleList` and its like do not."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
 def require_called(base: nn.Module) -> None:
     """Raise for a container that is only read, as `nn.ModuleList` is: around it, nothing would be called.
 
     Raises:
         TargetError: naming its type.
     """
-    if type(base).forward is nn.Module.forward and "forward" not in vars(base):
-        raise TargetError(f"a {type(base).__name__} is never called itself; choose the modules inside it")
+    if not is_called(base):
+        instead = "modules inside it" if any(True for _ in base.children()) else "module that it belongs to"
+        raise TargetError(f"a {type(base).__name__} is never called itself; choose the {instead}")
 
 
 def bare_module(module: nn.Module) -> nn.Module:

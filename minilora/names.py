@@ -14,6 +14,19 @@ from collections.abc import Collection, Iterable, Iterator
 from .errors import listed
 
 
+def ends(name: str) -> Iterator[str]:
+    """Yield the ends of a name in whole segments, the name itself first.
+
+    >>> list(ends("layer.0.my_query"))
+    ['layer.0.my_query', '0.my_query', 'my_query']
+    """
+    yield name
+    begin = name.find(".") + 1
+    while begin:
+        yield name[begin:]
+        begin = name.find(".", begin) + 1
+
+
 def ends_with(name: str, end: str) -> bool:
     """Return whether whole segments at the end of a name read `end`.
 

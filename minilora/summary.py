@@ -89,7 +89,9 @@ def summary(model: nn.Module) -> Summary:
     for name, site in injected.items():
         for wrapper in site.wrappers:
             state = "merged" if wrapper.merged else "active" if wrapper.enabled else "disabled"
-            groups.setdefault((generic(name), wrapper.description(), state), []).append(wrapper)
+            groups.setdefault((generic(wrapper.placed_at(name)), wrapper.description(), state), []).append(
+                wrapper
+            )
     rows = [
         SummaryRow(
             sites=sites,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import minilora
+from minilora.frozen import keeps_statistics
 from minilora.module import InjectedModule
 from minilora.sites import injected_sites
 
@@ -18,8 +19,22 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, tor
 
 
 def injected_modules(model: nn.Module) -> dict[str, list[InjectedModule]]:
-    """Return the wrappers of a model by site, outermost first."""
-    return {name: list(site.wrappers) for name, site in injected_sites(model).items()}
+    """Return the wrappers of a model that train something, by site, outermost first."""
+    wrappers = {name: [w for w in site.wrappers if w.trains] for name, site in injected_sites(model).items()}
+    return {name: found for name, found in wrappers.items() if found}
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Return a copy of a bare model as injection leaves the base.
+
+    Its parameters require no gradient, since for those that do torch may compute other bits; and what keeps
+    statistics is in evaluation.
+    """
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for module in twin.modules():
+        if keeps_statistics(module):
+            module.eval()
+    return twin
 
 
 class Is:
@@ -89,7 +104,8 @@ def reference(bare: nn.Module, injected: nn.Module) -> nn.Module:
         delta = layer.config.scaling * (layer.lora_B.detach().double() @ layer.lora_A.detach().double())
         target = plain.get_submodule(site)
         delta = delta.T if type(target).__name__ == "Conv1D" else delta
-        target.weight = nn.Parameter((target.weight.detach().double() + delta).to(target.weight.dtype))
+        weight = getattr(target, layer.parameter).detach()
+        setattr(target, layer.parameter, nn.Parameter((weight.double() + delta).to(weight.dtype)))
     return plain
 
 

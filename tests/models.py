@@ -59,6 +59,27 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.body(self.embedding(ids))))
 
 
+class Convolutional(nn.Module):
+    """A residual network: BatchNorm throughout, whose statistics every call in training mode would move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.block = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.norm = nn.BatchNorm1d(16)
+        self.project = nn.Linear(16, 16)
+        self.classifier = nn.Linear(16, 3)
+        for module in self.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):  # as if it had been trained
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.stem(images))
+        x = (x + self.block(x)).mean((2, 3))
+        return self.classifier(torch.tanh(self.project(self.norm(x))))
+
+
 def encoder_layer() -> nn.Module:
     return nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, dropout=0.0, batch_first=True)
 
@@ -137,7 +158,8 @@ def on_ids_twice(model: nn.Module) -> Tensor:
 
 
 def on_images(model: nn.Module) -> Tensor:
-    return model(_random(model, 5, 3, 8, 8)).logits
+    output = model(_random(model, 5, 3, 8, 8))
+    return output if isinstance(output, Tensor) else output.logits
 
 
 @dataclass(frozen=True)
@@ -165,10 +187,11 @@ class Case:
 
 GRID = [
     Case("mlp", MLP, on_features, ("up", "down"), 3),
-    Case("encoder", encoder_layer, on_features, ("out_proj", "linear1", "linear2"), 3),
-    Case("mha", Attention, on_features, ("out_proj",), 1),
+    Case("encoder", encoder_layer, on_features, ("out_proj", "linear1", "linear2"), 4),
+    Case("mha", Attention, on_features, ("out_proj",), 2),
     Case("shared", Shared, on_features, ("first", "stack.0"), 2),
     Case("tied", Tied, on_ids, ("body", "head"), 2),
+    Case("cnn", Convolutional, on_images, ("project",), 2),
     Case("bert", bert, on_ids, ("query", "value", "output.dense"), 13),
     Case("t5", t5, on_ids_twice, ("q", "v", "wo", "lm_head"), 16),
     Case("gpt2", gpt2, on_ids, ("c_attn", "c_fc", "lm_head"), 4),
@@ -184,7 +207,7 @@ def on(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 on_grid = on(GRID)
-on_heads = on([CASES[name] for name in ("mlp", "bert", "vit")])
+on_heads = on([CASES[name] for name in ("mlp", "cnn", "bert", "vit")])
 """The models with a task head, "classifier"."""
 on_adapter_sites = on([case for case in GRID if case.name != "mha"])
 """The models with a site for a bottleneck: nn.MultiheadAttention computes with out_proj's weight itself."""

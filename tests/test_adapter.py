@@ -1,12 +1,13 @@
 """Adapter: the formula, around anything that returns a tensor, and loud where it cannot be."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import TOLERANCE, distance, raw
-from models import in_dtypes
+from checks import TOLERANCE, assert_equal_to_rounding, distance, frozen, raw, unchanged
+from models import CASES, in_dtypes
 from torch import nn
 
 import minilora
@@ -97,7 +98,7 @@ def test_widths_are_read_off_the_base(base, widths):
 
 
 def test_widths_that_cannot_be_read_off_must_be_given():
-    for base in (nn.GELU(), nn.Sequential(nn.Linear(3, 3), nn.Flatten()), nn.ModuleList([nn.Linear(3, 3)])):
+    for base in (nn.GELU(), nn.Sequential(nn.Linear(3, 3), nn.Flatten())):
         with pytest.raises(TargetError, match=r"output width of .* give AdapterConfig\(hidden_size="):
             Adapter(base, AdapterConfig())
     layer = Adapter(nn.GELU(), AdapterConfig(hidden_size=5))
@@ -198,16 +199,16 @@ def test_no_merged_form():
 
 
 def test_containers():
-    """A Sequential computes under an adapter; a ModuleList, which does not, fails at its first use."""
+    """A Sequential computes under an adapter; a ModuleList, which is never called, is refused."""
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 4))
     x = torch.randn(2, 4)
     plain = model(x)
     minilora.inject(model, "0", AdapterConfig())
-    assert torch.equal(model(x), plain)
+    assert_equal_to_rounding(model(x), plain)
     listed = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
-    minilora.inject(listed, "layers", AdapterConfig(hidden_size=4))
-    with pytest.raises(TypeError, match="not iterable"):
-        iter(listed["layers"])
+    says = "'layers': a ModuleList is never called itself; .* linear layers inside it: 'layers.0'"
+    with unchanged(listed), pytest.raises(TargetError, match=says):
+        minilora.inject(listed, "layers", AdapterConfig(hidden_size=4))
 
 
 def test_reset_parameters():
@@ -223,3 +224,109 @@ def test_reset_parameters():
 def test_description():
     layer = Adapter(nn.Linear(6, 10), AdapterConfig(bottleneck=3, activation="relu", placement="parallel"))
     assert layer.description() == layer.extra_repr() == "adapter m=3 relu parallel"
+
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS = {1: [], 2: [nn.BatchNorm2d(6)], 3: [nn.BatchNorm3d(6)]}
+
+
+class Residual(nn.Module):
+    """A stage whose width cannot be read off, though its layers are all convolutions and their norms."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.conv, self.norm = CONVOLUTIONS[dims](6, 6, 3, padding=1), nn.GroupNorm(2, 6)
+
+    def forward(self, x):
+        return x + self.norm(self.conv(x))
+
+
+@in_placements
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["layer", "stage", "block"])
+def test_around_convolutions_the_channels_are_read(dims, kind, placement):
+    """(b, d, ...) with d second; where only `hidden_size` tells the width, it is that of both sides."""
+    conv = CONVOLUTIONS[dims](4, 6, 3, padding=1)
+    stage = nn.Sequential(conv, *NORMS[dims], nn.ReLU()).eval()
+    base = {"layer": conv, "stage": stage, "block": Residual(dims)}[kind].requires_grad_(False)
+    config = AdapterConfig(bottleneck=3, placement=placement, hidden_size=6 if kind == "block" else None)
+    layer = Adapter(base, config)
+    x = torch.randn(2, 6 if kind == "block" else 4, *(7, 8, 9)[:dims])
+    h = base(x)
+    assert torch.equal(layer(x), h)
+    for parameter in (*layer.adapter_down.parameters(), *layer.adapter_up.parameters()):
+        nn.init.normal_(parameter, std=0.5)
+    read = (h if placement == "sequential" else x).movedim(1, -1)
+    expected = h + layer.adapter_up(F.gelu(layer.adapter_down(read))).movedim(-1, 1)
+    torch.testing.assert_close(layer(x), expected)
+    assert distance(layer(x), h) > 0.01
+
+
+def test_around_a_convolution_without_a_batch():
+    layer = trained(nn.Conv2d(4, 6, 1))
+    x = torch.randn(4, 5, 3)
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+
+
+def test_a_stage_of_convolutions_trains_in_a_model():
+    model = CASES["cnn"].build().train()
+    expected = CASES["cnn"].run(frozen(model))
+    minilora.inject(model, ["block", "stem.0"], AdapterConfig(bottleneck=4), trainable=())
+    assert raw(CASES["cnn"].run(model)) == raw(expected)
+    CASES["cnn"].call(model).square().mean().backward()
+    assert model.block.adapter_up.weight.grad.any()
+
+
+class Mixed(nn.Module):
+    """A stage that ends who knows how: convolutions over an image beside a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).movedim(1, -1))
+
+
+def test_where_the_width_may_be_second_or_last_it_is_refused_when_injecting():
+    model = nn.Sequential(Mixed())
+    says = "Mixed holds convolutions beside layers of other kinds.* choose a module inside it"
+    with unchanged(model), pytest.raises(TargetError, match=says):
+        minilora.inject(model, "0", AdapterConfig(hidden_size=4))
+    minilora.inject(model, ["conv", "linear"], AdapterConfig(bottleneck=2))
+    assert model(torch.randn(2, 4, 5, 3)).shape == (2, 5, 3, 4)
+
+
+class Conformer(nn.Module):
+    """(b, t, d) in and out, with a convolution over time inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(4, 4), nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.linear(x).mT).mT
+
+
+def test_around_a_block_with_a_convolution_over_time_the_width_is_last():
+    base = Conformer()
+    x = torch.randn(2, 5, 4)
+    assert torch.equal(Adapter(base, AdapterConfig(hidden_size=4))(x), base(x))
+
+
+@pytest.mark.parametrize(
+    ("around", "shape", "dimension"),
+    [(nn.Conv2d(4, 4, 1), (4, 3), -3), (nn.Conv2d(4, 4, 1), (3, 4, 4), -3), (nn.GELU(), (2, 7), -1)],
+)
+def test_a_wrong_width_is_named_when_it_is_met(around, shape, dimension):
+    layer = Adapter(around, AdapterConfig(hidden_size=4))
+    layer.base = nn.Identity()  # which returns whatever it is given
+    given = re.escape(str(shape))
+    says = rf"reads 4 values in dimension {dimension}, and was given a tensor of {given}\. Choose"
+    with pytest.raises(TypeError, match=says):
+        layer(torch.randn(shape))
+
+
+def test_a_bottleneck_wider_than_anything_is_refused():
+    with pytest.raises(TargetError, match="is wider than 2147483647"):
+        Adapter(nn.Linear(4, 4), AdapterConfig(reduction_factor=1e-300))

@@ -45,22 +45,23 @@ def test_frozen_and_keyword_only(kind):
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [
-        (LoRAConfig, {"r": 0}, "r must be an int of at least 1, not 0"),
+        (LoRAConfig, {"r": 0}, "r must be an int from 1 to 2147483647, not 0"),
         (LoRAConfig, {"r": -1}, "not -1"),
         (LoRAConfig, {"r": 2.0}, "not 2.0"),
         (LoRAConfig, {"r": True}, "not True"),
-        (LoRAConfig, {"alpha": 0}, "alpha must be a finite number above 0"),
-        (LoRAConfig, {"alpha": math.nan}, "not nan"),
+        (LoRAConfig, {"r": 2**31}, "not 2147483648"),
+        (LoRAConfig, {"alpha": math.nan}, "alpha must be a finite number, not nan"),
         (LoRAConfig, {"alpha": math.inf}, "not inf"),
         (LoRAConfig, {"alpha": "16"}, "not '16'"),
         (LoRAConfig, {"alpha": 10**400}, "alpha must be a finite number"),  # too large for a float
-        (LoRAConfig, {"dropout": 1.0}, r"dropout must be a number in \[0, 1\), not 1.0"),
+        (LoRAConfig, {"dropout": 1.1}, r"dropout must be a number in \[0, 1\], not 1.1"),
         (LoRAConfig, {"dropout": -0.1}, "not -0.1"),
         (LoRAConfig, {"rslora": 1}, "rslora must be True or False, not 1"),
         (LoRAConfig, {"init": "kaimin"}, "init must be one of 'kaiming', 'gaussian', not 'kaimin'"),
-        (LoRAConfig, {"dtype": torch.int8}, "dtype must be a floating-point torch.dtype or None"),
-        (AdapterConfig, {"dtype": "float32"}, "dtype must be a floating-point torch.dtype or None"),
-        (AdapterConfig, {"bottleneck": 0}, "bottleneck must be an int of at least 1, not 0"),
+        (LoRAConfig, {"dtype": torch.int8}, "dtype must be float16, .* not torch.int8"),
+        (LoRAConfig, {"dtype": "float8_e4m3fn"}, "not torch.float8_e4m3fn"),
+        (AdapterConfig, {"dtype": "float7"}, "dtype must be .* not 'float7'"),
+        (AdapterConfig, {"bottleneck": 0}, "bottleneck must be an int from 1 to 2147483647, not 0"),
         (
             AdapterConfig,
             {"bottleneck": 64, "reduction_factor": 2},
@@ -70,7 +71,7 @@ def test_frozen_and_keyword_only(kind):
         (AdapterConfig, {"activation": "swish"}, "activation must be one of 'gelu', 'relu', 'silu', 'tanh'"),
         (AdapterConfig, {"placement": "behind"}, "placement must be one of 'sequential', 'parallel'"),
         (AdapterConfig, {"scale": math.nan}, "scale must be a finite number"),
-        (AdapterConfig, {"hidden_size": 0}, "hidden_size must be an int of at least 1"),
+        (AdapterConfig, {"hidden_size": 0}, "hidden_size must be an int from 1 to"),
     ],
 )
 def test_bad_values_are_named(kind, fields, says):
@@ -80,7 +81,7 @@ def test_bad_values_are_named(kind, fields, says):
 
 def test_all_problems_come_at_once():
     with pytest.raises(MiniLoRAError, match="3 problems; no LoRAConfig was made") as caught:
-        LoRAConfig(r=0, alpha=-1, dropout=2)
+        LoRAConfig(r=0, alpha=math.inf, dropout=2)
     assert all(field in str(caught.value) for field in ("r must", "alpha must", "dropout must"))
 
 
@@ -102,8 +103,53 @@ def test_to_json_and_back(config):
 
 
 def test_from_dict_refuses_unknown_fields_and_dtypes():
-    with pytest.raises(MiniLoRAError, match="no field 'rank', 'scale'; its fields are alpha, dropout"):
+    with pytest.raises(MiniLoRAError, match="2 problems") as caught:
         LoRAConfig.from_dict({"r": 4, "rank": 4, "scale": 1})
+    assert str(caught.value).splitlines()[1:] == [
+        "  - LoRAConfig has no argument 'rank': here it is LoRAConfig(r=...)",
+        "  - LoRAConfig has no argument 'scale'",
+        "LoRAConfig takes dtype, r, alpha, dropout, rslora, init",
+    ]
     for name in ("no_such", "nn", "int8"):
-        with pytest.raises(MiniLoRAError, match="dtype must be a floating-point"):
+        with pytest.raises(MiniLoRAError, match="dtype must be"):
             LoRAConfig.from_dict({"dtype": name})
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_a_dtype_may_be_given_by_its_name(name):
+    config = LoRAConfig(dtype=name)
+    assert config == LoRAConfig(dtype=torch.bfloat16)
+    assert config.torch_dtype is torch.bfloat16
+    assert config.to_dict()["dtype"] == "bfloat16"
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    config = LoRAConfig(r=numpy.int64(4), alpha=numpy.float32(2), dropout=numpy.float64(0.5))
+    assert config == LoRAConfig(r=4, alpha=2, dropout=0.5)
+    json.dumps(config.to_dict())  # which numpy's own numbers would fail
+    assert AdapterConfig(bottleneck=numpy.int32(3), scale=numpy.float16(0.5)).to_dict()["bottleneck"] == 3
+
+
+def test_an_update_may_be_zero_negative_or_always_dropped():
+    """PEFT's files have them, and each can be computed."""
+    assert LoRAConfig(alpha=0).scaling == 0
+    assert LoRAConfig(r=2, alpha=-4).scaling == -2
+    assert LoRAConfig(dropout=1).dropout == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "ours"),
+    [
+        (LoRAConfig, "lora_alpha", r"LoRAConfig\(alpha=\.\.\.\)"),
+        (LoRAConfig, "lora_dropout", r"LoRAConfig\(dropout=\.\.\.\)"),
+        (LoRAConfig, "use_rslora", r"LoRAConfig\(rslora=\.\.\.\)"),
+        (LoRAConfig, "target_modules", r"inject\(model, targets=\[\.\.\.\]\)"),
+        (LoRAConfig, "modules_to_save", r"inject\(model, \.\.\., trainable=\[\.\.\.\]\)"),
+        (AdapterConfig, "non_linearity", r"AdapterConfig\(activation=\.\.\.\)"),
+    ],
+)
+def test_words_of_other_libraries_are_answered_with_ours(kind, word, ours):
+    says = rf"{kind.__name__} has no argument '{word}': here it is {ours}\n{kind.__name__} takes dtype, "
+    with pytest.raises(MiniLoRAError, match=says):
+        kind(**{word: 1})

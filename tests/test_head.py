@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from checks import picture, randomise, raw, state, unchanged
+from checks import injected_modules, picture, randomise, raw, state, unchanged
 from models import MLP, Tied
 from torch import nn
 
@@ -34,12 +34,12 @@ def step(model):
 def test_copy_is_trained_and_the_original_is_not():
     model = minilora.inject(Classifier(), "body", trainable="head")
     head = model.head
-    before = state(head.base)
-    assert state(head.trained) == before
+    original, copied = state(head.base), state(head.trained)
+    assert list(copied.values()) == list(original.values())
     step(model)
-    assert state(head.base) == before
-    changed = {key for key, value in state(head.trained).items() if value != before[key]}
-    assert changed == set(before)  # the running statistics, too
+    assert state(head.base) == original
+    changed = {key for key, value in state(head.trained).items() if value != copied[key]}
+    assert changed == set(Classifier().head.state_dict())  # the running statistics, too
     assert not any(p.requires_grad for p in head.base.parameters())
 
 
@@ -57,6 +57,14 @@ def test_attributes_are_those_of_the_copy():
     assert model.classifier.weight is model.classifier.trained.weight
     with minilora.disabled(model):
         assert model.classifier.weight is model.classifier.base.weight
+
+
+def test_a_parameter_that_is_set_is_the_copys_own_as_it_is_when_read():
+    model = minilora.inject(MLP(), "up", trainable="classifier")
+    original, new = model.classifier.base.weight, nn.Parameter(torch.zeros(3, 16))
+    model.classifier.weight = new
+    assert model.classifier.weight is model.classifier.trained.weight is new
+    assert model.classifier.base.weight is original
 
 
 def test_eject_gives_the_original_back_and_fuse_leaves_the_copy():
@@ -107,6 +115,77 @@ def test_what_cannot_be_trained_in_full(targets, trainable, says):
     model = Classifier()
     with unchanged(model), pytest.raises(TargetError, match=says):
         minilora.inject(model, targets, trainable=trainable)
+
+
+def listing(of):
+    """Return a model that keeps layers in a container which is only read, never called."""
+    model = nn.Module()
+    model.body = nn.Linear(16, 16)
+    model.heads = of
+    return model
+
+
+LISTS = {
+    "list": (nn.ModuleList([nn.Linear(16, 4), nn.ReLU(), nn.Linear(16, 2)]), ["heads.0", "heads.2"]),
+    "dict": (nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.LayerNorm(4)}), ["heads.a", "heads.b"]),
+    "nested": (
+        nn.ModuleList([nn.ModuleDict({"a": nn.Linear(16, 4)}), nn.Sequential(nn.Linear(16, 2))]),
+        ["heads.0.a", "heads.1"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("of", "members"), LISTS.values(), ids=LISTS)
+def test_of_a_list_of_modules_the_members_are_trained(of, members):
+    model = minilora.inject(listing(of), "body", trainable=["heads"])
+    assert [
+        name for name, found in injected_modules(model).items() if found[0].kind == "trainable"
+    ] == members
+    assert isinstance(model.heads, (nn.ModuleList, nn.ModuleDict))  # which can be read as before
+    assert len(model.heads) == len(of)
+    assert minilora.eject(model).heads is of
+
+
+@pytest.mark.parametrize(
+    ("of", "says"),
+    [
+        (
+            nn.ParameterList([torch.zeros(3)]),
+            "a ParameterList is never called itself; choose the module that",
+        ),
+        (nn.ParameterDict({"a": torch.zeros(3)}), "a ParameterDict is never called itself"),
+        (nn.ModuleList([nn.ReLU()]), "a ModuleList is never called itself; choose the modules inside it"),
+        (nn.ModuleList(), "a ModuleList is never called itself"),
+    ],
+)
+def test_a_container_without_a_module_to_train_is_refused(of, says):
+    model = listing(of)
+    with unchanged(model), pytest.raises(TargetError, match=f"'heads': {says}"):
+        minilora.inject(model, "body", trainable=["heads"])
+
+
+def test_a_container_that_is_called_is_one_head():
+    class Heads(nn.ModuleDict):
+        def __init__(self):
+            super().__init__({"a": nn.Linear(16, 4)})
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return self["a"](x) * self.gain
+
+    model = minilora.inject(listing(Heads()), "body", trainable="heads")
+    assert isinstance(model.heads, TrainableHead)
+    assert "heads.gain" in minilora.adapter_state_dict(model)
+
+
+def test_a_tied_embedding_is_sent_to_lora_which_takes_it():
+    model = Tied()
+    says = (
+        r"'embedding': .*tied to 'head.weight'; a trained copy would untie them. Give it as a target for LoRA"
+    )
+    with unchanged(model), pytest.raises(TargetError, match=says):
+        minilora.inject(model, "body", trainable="embedding")
+    minilora.inject(model, "embedding")
 
 
 def test_tied_head_is_refused_with_the_tie_and_the_fix():

@@ -11,7 +11,7 @@ from models import DTYPES, in_dtypes
 from torch import nn
 
 import minilora
-from minilora import LoRAConfig, LoRALinear, MergeError, TargetError
+from minilora import LoRAConfig, LoRALinear, MergeError, MiniLoRAError, TargetError
 
 TOKENS = {"few": (2, 3), "many": (40, 3)}  # on both sides of functional.prefers_weight_form
 in_shapes = pytest.mark.parametrize("shape", TOKENS.values(), ids=TOKENS)
@@ -49,7 +49,7 @@ def formula(layer, x, dtype=None):
     """Return F.linear(x, W + s BA, b), reckoned in `dtype`."""
     dtype = dtype or torch.float64
     weight, bias = layer.base.weight, layer.base.bias
-    weight = weight.T if layer._transposed else weight
+    weight = weight.T if layer.layout.transposed else weight
     w_eff = weight.to(dtype) + layer.config.scaling * (layer.lora_B.to(dtype) @ layer.lora_A.to(dtype))
     return F.linear(x.to(dtype), w_eff, None if bias is None else bias.to(dtype))
 
@@ -86,9 +86,9 @@ def test_forward_under_autocast(make, shape, dtype, lower):
 @in_dtypes
 @pytest.mark.parametrize("autocast", [False, True])
 def test_new_layer_is_a_bit_exact_identity(make, shape, dtype, autocast):
-    base = make(dtype)
+    base = make(dtype).requires_grad_(False)
     x = torch.randn(*shape, 24).to(dtype)
-    layer = LoRALinear(copy.deepcopy(base).requires_grad_(False), LoRAConfig(r=4))
+    layer = LoRALinear(copy.deepcopy(base), LoRAConfig(r=4))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         assert torch.equal(layer(x), base(x))
 
@@ -157,20 +157,43 @@ def test_weight_is_what_outside_code_may_compute_with(make, dtype):
     x = torch.randn(5, 24).to(dtype)
     weight = layer.weight
     assert (weight.shape, weight.dtype) == (layer.base.weight.shape, dtype)
-    outside = F.linear(x, weight.T if layer._transposed else weight, layer.bias)
+    outside = F.linear(x, weight.T if layer.layout.transposed else weight, layer.bias)
     assert distance(outside, formula(layer, x)) < TOLERANCE[dtype]
     before = raw(weight)
     layer.merge()
     assert raw(layer.weight) == before
 
 
-def test_weight_carries_gradients_and_cannot_be_set():
+def test_weight_carries_gradients():
     layer = trained(linear())
     layer.weight.sum().backward()
     assert layer.lora_A.grad is not None
     assert layer.base.weight.grad is None
-    with pytest.raises(KeyError, match="weight"):
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_is_set_goes_to_the_base(name):
+    """So that code which ties weights by assignment reaches the layer, and the update stays on top."""
+    layer = trained(linear())
+    new = nn.Parameter(torch.randn_like(getattr(layer.base, name)), requires_grad=False)
+    setattr(layer, name, new)
+    assert getattr(layer.base, name) is new
+    assert name not in dict(layer.named_parameters(recurse=False))
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(layer(x), formula(layer, x, torch.float32))
+
+
+def test_a_parameter_set_on_a_merged_layer_is_refused():
+    layer = trained(linear())
+    layer.merge()
+    with unchanged(layer), pytest.raises(MiniLoRAError, match="'weight' cannot be set on a merged layer"):
         layer.weight = nn.Parameter(torch.zeros(16, 24))
+
+
+def test_a_tensor_cannot_be_set_as_the_weight():
+    layer = trained(linear())
+    with unchanged(layer), pytest.raises(AttributeError):
+        layer.weight = torch.zeros(16, 24)
 
 
 def test_a_layer_merged_twice_is_merged_once():
@@ -247,10 +270,105 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training(shape):
     assert torch.equal(layer(x), layer.base(x))  # what the base reads is not dropped
 
 
-def test_rank_up_to_the_smaller_side():
-    LoRALinear(linear(), LoRAConfig(r=16))
-    with pytest.raises(TargetError, match=r"r = 17 exceeds the smaller side of a layer of \(16, 24\)"):
-        LoRALinear(linear(), LoRAConfig(r=17))
+@in_shapes
+def test_dropout_of_one_drops_the_whole_update_in_training(shape):
+    layer, x = trained(linear(), dropout=1), torch.randn(*shape, 24)
+    assert torch.equal(layer.train()(x), layer.base(x))
+    assert distance(layer.eval()(x), layer.base(x)) > 0.1
+
+
+@in_shapes
+def test_jagged_tensors(shape):
+    """Torch's own linear layer takes them."""
+    layer = trained(linear())
+    parts = [torch.randn(n, 24) for n in (2, *shape)]
+    y = layer(torch.nested.nested_tensor(parts, layout=torch.jagged))
+    assert y.is_nested
+    for out, part in zip(y.unbind(), parts, strict=True):
+        torch.testing.assert_close(out, formula(layer, part, torch.float32))
+
+
+# torch's own, when its rules for forward mode are first loaded.
+loads_jvp_rules = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+@loads_jvp_rules
+@on_layers
+@in_shapes
+def test_forward_mode(make, shape):
+    """Whatever the number of tokens: both forms know their directional derivative."""
+    layer = trained(make(torch.float64))
+    x, dx = torch.randn(2, *shape, 24, dtype=torch.float64)
+    pair = {"lora_A": layer.lora_A.detach(), "lora_B": layer.lora_B.detach()}
+    along = {name: torch.randn_like(tensor) for name, tensor in pair.items()}
+
+    def ours(x, pair):
+        return torch.func.functional_call(layer, pair, x)
+
+    def plain(x, pair):
+        weight = layer.base.weight.T if layer.layout.transposed else layer.base.weight
+        return F.linear(x, weight + layer.scaling * pair["lora_B"] @ pair["lora_A"], layer.bias)
+
+    for primal, tangent in (((x, pair), (dx, along)), ((x, pair), (torch.zeros_like(x), along))):
+        mine, theirs = (torch.func.jvp(f, primal, tangent) for f in (ours, plain))
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.func.jvp(lambda x: ours(x, pair), (x,), (dx,)),
+        torch.func.jvp(lambda x: plain(x, pair), (x,), (dx,)),
+    )
+
+
+@loads_jvp_rules
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_hessian(tokens):
+    layer = LoRALinear(nn.Linear(3, 2, dtype=torch.float64).requires_grad_(False), LoRAConfig(r=2))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(tokens, 3, dtype=torch.float64)
+
+    def loss(lora_A):
+        return torch.func.functional_call(layer, {"lora_A": lora_A}, x).square().sum()
+
+    def plain(lora_A):
+        return (
+            F.linear(x, layer.base.weight + layer.scaling * layer.lora_B @ lora_A, layer.bias).square().sum()
+        )
+
+    A = layer.lora_A.detach()
+    torch.testing.assert_close(torch.func.hessian(loss)(A), torch.func.hessian(plain)(A))
+
+
+@in_shapes
+def test_a_rank_above_the_smaller_side_is_honoured(shape):
+    layer = LoRALinear(linear().requires_grad_(False), LoRAConfig(r=40))
+    nn.init.normal_(layer.lora_B)
+    assert (layer.lora_A.shape, layer.lora_B.shape) == ((40, 24), (16, 40))
+    x = torch.randn(*shape, 24)
+    torch.testing.assert_close(layer(x), formula(layer, x, torch.float32), rtol=1e-4, atol=1e-4)
+
+
+@in_shapes
+def test_the_base_is_called_with_what_the_layer_is_called_with(shape):
+    layer = trained(linear())
+    x = torch.randn(*shape, 24)
+    torch.testing.assert_close(layer(input=x), layer(x))
+    for args, kwargs in (((), {}), ((), {"no_such": x}), ((x, x), {}), ((x,), {"no_such": x})):
+        with pytest.raises(TypeError, match="argument"):  # the base's own
+            layer(*args, **kwargs)
+
+
+@in_shapes
+def test_a_merged_layer_does_not_train(shape):
+    layer, x = trained(linear()), torch.randn(*shape, 24)
+    layer.merge()
+    for module in (layer, nn.Sequential(layer)):
+        with pytest.raises(MiniLoRAError, match=r"does not train: call minilora\.unmerge\(model\).*eval"):
+            module.train()(x)
+    with torch.no_grad():
+        expected = layer(x)  # an evaluation in the midst of training
+    assert torch.equal(layer.eval()(x), expected)
+    layer.unmerge()
+    layer.train()(x).sum().backward()
+    assert layer.lora_B.grad.any()
 
 
 def test_not_linear():

@@ -10,7 +10,6 @@ from torch import nn
 
 import minilora
 from minilora import LoRAConfig, MiniLoRAError, TargetError
-from minilora.names import described, generic
 from minilora.sites import Sites
 from minilora.targets import choices, head_modules, select
 
@@ -100,17 +99,62 @@ def test_every_problem_comes_at_once_with_what_there_is_to_choose_from():
             trainable="clasifier",
         )
     message = str(caught.value)
-    assert message.startswith("6 problems; the model has not been changed:\n")
+    assert message.startswith("5 problems; the model has not been changed:\n")
     for problem in (
         r"trainable: 'clasifier' matches no module; nearest: 'classifier' \(x1\)",
         "exclude: 'kay' matches no module",
         r"targets: 'valeu' matches no module; nearest: 'value' \(x2\)",
         r"targets: re\.compile\('value'\) matches no module in full",
-        r"'layer\.\*\.attention\.output\.norm' \(x2\): LayerNorm is not a linear layer",
-        r"'classifier': r = 3 exceeds the smaller side of a layer of \(2, 4\)",
+        r"'layer\.\*\.attention\.output\.norm' \(x2\): 'weight' has the shape \(4,\), and LoRA needs",
         r"    layer\.\*\.attention\.self\.query     Linear 4 -> 4  x2\n",
     ):
         assert re.search(problem, message), problem
+
+
+def bert_like():
+    return nn.ModuleDict(
+        {"attention": nn.ModuleDict({k: nn.Linear(4, 4) for k in ("query", "key", "value")})}
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "near"),
+    [
+        (bert_like, "q_proj", r"nearest: 'query' \(x1\)"),
+        (bert_like, "v", r"nearest: 'value' \(x1\)"),
+        (bert_like, "self.query", r"nearest: 'query' \(x1\)"),
+        (bert_like, "all_linear", "did you mean 'all-linear'"),
+        (bert_like, "ALL LINEAR", "did you mean 'all-linear'"),
+        (bert_like, "linear", "did you mean 'all-linear'"),
+        (lambda: nn.ModuleDict({"q_lin": nn.Linear(4, 4)}), "q_proj", r"nearest: 'q_lin' \(x1\)"),
+    ],
+)
+def test_what_people_are_used_to_gets_a_nearest_name(make, target, near):
+    with pytest.raises(TargetError, match=rf"targets: '{target}' matches no module; {near}"):
+        minilora.inject(make(), target, SMALL)
+
+
+def test_after_a_few_hints_the_next_ones_are_left_out():
+    with pytest.raises(TargetError) as caught:
+        minilora.inject(tower(), ["quary"] * 20, SMALL)
+    lines = [line for line in str(caught.value).splitlines() if "'quary' matches no module" in line]
+    assert len(lines) == 20
+    assert sum("nearest: 'query'" in line for line in lines) == 8
+
+
+def test_the_only_linear_layer_may_be_what_is_trained():
+    model = nn.ModuleDict({"body": nn.GRU(4, 4), "fc": nn.Linear(4, 4)})
+    says = "'all-linear' matches no module: every linear layer is trained in full, as `trainable` says, or is"
+    with unchanged(model), pytest.raises(TargetError, match=says):
+        minilora.inject(model, "all-linear", SMALL, trainable=["fc"])
+
+
+@pytest.mark.parametrize("target", ["all-linear", "weight", re.compile(".*")])
+def test_a_layer_is_not_a_model_of_layers(target):
+    says = r'The model is itself a Linear, .*: model = nn\.Sequential\(layer\), and "0" as the target'
+    with pytest.raises(TargetError, match=says):
+        minilora.inject(nn.Linear(4, 4), target, SMALL)
+    minilora.inject(nn.Sequential(nn.Linear(4, 4)), "0", SMALL)
 
 
 def test_no_targets():
@@ -187,7 +231,7 @@ def test_all_linear_without_any():
 
 def test_shared_module_comes_once_under_its_first_name():
     for targets in ("first", "again", "stack.1", ["again", "first"], "all-linear"):
-        sites, problems = select(Shared(), targets, argument="targets")
+        sites, problems = select(Sites(Shared()), targets, argument="targets")
         assert "first" in sites
         assert not {"again", "stack.1"} & set(sites)
         assert not problems
@@ -208,10 +252,10 @@ def test_a_failing_callable_is_the_callers_own_error():
 
 def test_sites_are_those_of_the_bare_model_after_injection():
     model = minilora.inject(tower(), "query", SMALL)
-    sites, problems = select(model, ["query", re.compile(".*base.*|.*lora.*")], argument="targets")
+    sites, problems = select(Sites(model), ["query", re.compile(".*base.*|.*lora.*")], argument="targets")
     assert list(sites) == QUERIES
     assert len(problems) == 1
-    assert all(type(module) is nn.Linear for module in sites.values())
+    assert all(type(site.bare) is nn.Linear for site in sites.values())
 
 
 def test_head_modules():
@@ -231,9 +275,7 @@ def test_head_modules():
 
 
 def test_tables():
-    assert generic("layer.10.attn.2") == "layer.*.attn.*"
-    assert described(["a.0.q", "b", "a.1.q"]) == "'a.*.q' (x2), 'b'"
-    assert choices(nn.Sequential(nn.ReLU())) == "This model has no linear layers."
-    many = choices(nn.ModuleDict({f"layer{i}": nn.Linear(2, 3) for i in range(30)}))
+    assert choices(Sites(nn.Sequential(nn.ReLU()))) == "This model has no linear layers."
+    many = choices(Sites(nn.ModuleDict({f"layer{i}": nn.Linear(2, 3) for i in range(30)})))
     assert "layer19  Linear 2 -> 3  x1" in many
     assert many.endswith("... and 10 more")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import assert_far, picture, randomise, raw, unchanged
+from checks import assert_far, frozen, picture, randomise, raw, unchanged
 from models import CASES, MLP, in_dtypes, on_grid
 
 import minilora
@@ -51,7 +51,7 @@ def test_trainable_parameters_refuses_what_would_train_nothing():
 @pytest.mark.parametrize("merged", [False, True])
 def test_disabled_is_the_base_and_afterwards_all_is_as_before(case, dtype, merged):
     model = case.build(dtype)
-    base = raw(case.run(model))
+    base = raw(case.run(frozen(model)))
     head = [name for name in ("classifier",) if hasattr(model, name)]
     randomise(minilora.inject(model, case.targets, trainable=head))
     if merged:
@@ -70,9 +70,10 @@ def test_disabled_is_the_base_and_afterwards_all_is_as_before(case, dtype, merge
     assert all(layer.merged is merged for layer in model.modules() if isinstance(layer, minilora.LoRALinear))
 
 
+@torch.no_grad()
 def test_disabled_on_adapters():
     model, x = MLP(), torch.randn(2, 16)
-    base = model(x)
+    base = frozen(model)(x)
     randomise(minilora.inject(model, ["up", "down"], AdapterConfig(bottleneck=2)))
     active = model(x)
     with minilora.disabled(model):
