@@ -81,16 +81,23 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     wrappers = [wrapper for site in require_injected(model).values() for wrapper in site.wrappers]
     enabled = [wrapper for wrapper in wrappers if wrapper.enabled]
-    with contextlib.ExitStack() as stack:
-        for wrapper in wrappers:
-            stack.enter_context(wrapper.set_aside())
-        try:
-            for wrapper in enabled:
-                wrapper.enabled = False
-            yield model
-        finally:
-            for wrapper in enabled:
-                wrapper.enabled = True
+    merged = [wrapper for wrapper in wrappers if wrapper.merged]
+    try:
+        with contextlib.ExitStack() as stack:
+            for wrapper in wrappers:
+                stack.enter_context(wrapper.set_aside())
+            try:
+                for wrapper in enabled:
+                    wrapper.enabled = False
+                yield model
+            finally:
+                for wrapper in enabled:
+                    wrapper.enabled = True
+    finally:
+        # What was moved or cast meanwhile is merged anew, for which memory may not suffice: then none is.
+        if not all(wrapper.merged for wrapper in merged):
+            for wrapper in merged:
+                wrapper.unmerge()
 
 
 def added_tensors(injected: dict[str, Site]) -> set[int]:

@@ -50,7 +50,9 @@ def imported(name, path):
             base = here[: len(here) - node.level + 1] if node.level else []
             full = [*base, *(node.module or "").split(".")] if node.module else base
             # `from .formats import peft` names a module, `from .errors import several` what is in one.
-            candidates = [".".join([*full, alias.name]) for alias in node.names] + [".".join(full)]
+            named = [".".join([*full, alias.name]) for alias in node.names]
+            files = [name for name in named if name.removeprefix("minilora.") in modules()]
+            candidates = files or [".".join(full)]
         elif isinstance(node, ast.Import):
             candidates = [alias.name for alias in node.names]
         else:

@@ -512,3 +512,36 @@ def test_configs_by_site():
     assert "'valu' matches none" in str(error.value)
     with unchanged(bare), pytest.raises(TypeError, match="must be a LoRAConfig"):
         minilora.inject(bare, ["query"], lambda name, module: {"r": 4})
+
+
+class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the size of the largest new tensor that an operation made."""
+
+    def __init__(self, spared):
+        super().__init__()
+        self.spared = spared
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.spared:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+def test_nothing_of_the_experts_size_is_formed(way):
+    """Neither forward nor backward: (E, out, in) is the largest thing there is, and stays the only one."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    config = transformers.Qwen3MoeConfig(vocab_size=32, intermediate_size=64, **shape, **experts)
+    model = transformers.Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation(way)
+    minilora.inject(model, ["gate_up_proj", "down_proj"], LoRAConfig(r=2))
+    experts_size = min(p.numel() for name, p in model.named_parameters() if name.endswith("down_proj"))
+    spared = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with Sizes(spared) as sizes:
+        model(input_ids=torch.arange(8).view(1, 8)).logits.square().sum().backward()
+    assert 0 < sizes.largest < experts_size

@@ -1,12 +1,14 @@
 """freeze, trainable_parameters, disabled, summary."""
 
+import contextlib
+
 import pytest
 import torch
-from checks import assert_far, frozen, picture, randomise, raw, unchanged
+from checks import assert_equal_to_rounding, assert_far, frozen, picture, randomise, raw, unchanged
 from models import CASES, MLP, in_dtypes, on_grid
 
 import minilora
-from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
+from minilora import AdapterConfig, LoRAConfig, LoRALinear, MiniLoRAError
 
 
 def names(model):
@@ -142,3 +144,80 @@ def test_reading_changes_nothing():
         minilora.summary(model)
         minilora.trainable_parameters(model)
         minilora.adapter_state_dict(model)
+
+
+def test_disabled_gives_the_very_merged_weights_back_and_computes_nothing(monkeypatch):
+    model = minilora.merge(randomise(minilora.inject(MLP(), ["up", "down"])))
+
+    def out_of_memory(self, dtype=None):
+        raise MemoryError
+
+    monkeypatch.setattr(LoRALinear, "effective_weight", out_of_memory)
+    with unchanged(model):
+        with minilora.disabled(model):
+            assert not model.up.merged
+        with contextlib.suppress(ZeroDivisionError), minilora.disabled(model):
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("stuck", ["up", "down"])
+def test_a_model_cast_inside_disabled_is_merged_anew_or_not_at_all(monkeypatch, stuck):
+    model = minilora.merge(randomise(minilora.inject(MLP(), ["up", "down"])).eval())
+    x = torch.randn(3, 16)
+    expected = model(x).double()
+    with minilora.disabled(model):
+        model.double()
+    assert model.up.merged
+    assert_equal_to_rounding(model(x.double()).float(), expected.float())
+
+    real = LoRALinear.effective_weight
+
+    def out_of_memory(self, dtype=None):
+        if self is getattr(model, stuck):
+            raise MemoryError
+        return real(self, dtype)
+
+    monkeypatch.setattr(LoRALinear, "effective_weight", out_of_memory)
+    with pytest.raises(MemoryError), minilora.disabled(model):
+        model.float()
+    assert not model.up.merged
+    assert not model.down.merged
+    assert model.up.enabled
+    monkeypatch.undo()
+    assert_equal_to_rounding(model(x), expected.float())
+
+
+def test_summary_shows_what_trains_and_no_injection_brought():
+    model = minilora.inject(CASES["bert"].build(), "query", LoRAConfig(r=2), trainable=())
+    for name, parameter in model.named_parameters():
+        if name.endswith("LayerNorm.bias"):
+            parameter.requires_grad_(True)
+    model.extra = torch.nn.Linear(16, 2)
+    rows = {row.sites: row for row in minilora.summary(model).rows if row.state == "not saved"}
+    assert {name: (row.count, row.parameters, row.description) for name, row in rows.items()} == {
+        "bert.embeddings.LayerNorm.bias": (1, 16, "trains, not injected"),
+        "bert.encoder.layer.*.attention.output.LayerNorm.bias": (2, 32, "trains, not injected"),
+        "bert.encoder.layer.*.output.LayerNorm.bias": (2, 32, "trains, not injected"),
+        "extra.weight": (1, 32, "trains, not injected"),
+        "extra.bias": (1, 2, "trains, not injected"),
+    }
+    assert "not saved" in str(minilora.summary(model))
+    minilora.freeze(model)
+    assert not [row for row in minilora.summary(model).rows if row.state == "not saved"]
+
+
+def test_what_trains_in_a_bare_model_is_no_surprise():
+    assert minilora.summary(MLP()).rows == ()
+
+
+def test_a_trainer_that_never_asks_for_the_parameters_cannot_train_a_merged_model():
+    model = minilora.inject(MLP(), ["up", "down"], trainable="classifier")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    minilora.merge(model.train())
+    with pytest.raises(MiniLoRAError, match=r"does not train: call minilora.unmerge"):
+        model(torch.randn(3, 16)).sum().backward()
+    with torch.no_grad():
+        model(torch.randn(3, 16))
+    minilora.unmerge(model)
+    model(torch.randn(3, 16)).sum().backward()
+    optimizer.step()
