@@ -1,6 +1,8 @@
 """Where minilora differs from PEFT and loralib in what comes out, not in how fast: the README's table.
 
 python benchmarks/contrasts.py
+
+Nothing is timed.
 """
 
 from __future__ import annotations
@@ -10,10 +12,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import loralib
-import peft
 import safetensors.torch
 import torch
+from bench.unmeasured import NOT_MEASURED, NotMeasured, import_optional
 from torch import Tensor, nn
 
 import minilora
@@ -40,6 +41,7 @@ def cycles_with_minilora() -> str:
 
 def cycles_with_peft() -> str:
     """The same with PEFT."""
+    peft = import_optional("peft")
     model = nn.Sequential(nn.Linear(256, 256)).bfloat16()
     before = model[0].weight.detach().clone()
     config = peft.LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
@@ -52,6 +54,7 @@ def cycles_with_peft() -> str:
 
 def cycles_with_loralib() -> str:
     """The same with loralib, which merges in eval() and unmerges in train()."""
+    loralib = import_optional("loralib")
     layer = loralib.Linear(256, 256, r=8).bfloat16()
     nn.init.normal_(layer.lora_B, std=0.1)
     before = layer.weight.detach().clone()
@@ -81,6 +84,7 @@ def encoder_with_minilora() -> str:
 @torch.no_grad()
 def encoder_with_peft() -> str:
     """The same with PEFT."""
+    peft = import_optional("peft")
     layer, x = encoder()
     before = layer(x)
     config = peft.LoraConfig(r=4, target_modules=["linear1", "linear2"], init_lora_weights=False)
@@ -107,6 +111,7 @@ def typo_with_minilora() -> str:
 
 def typo_with_peft() -> str:
     """The same with PEFT."""
+    peft = import_optional("peft")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         peft.get_peft_model(Block(), peft.LoraConfig(target_modules=["qery", "value"]))
@@ -130,6 +135,7 @@ def half_a_file_with_minilora() -> str:
 
 def half_a_file_with_peft() -> str:
     """The same with PEFT."""
+    peft = import_optional("peft")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         peft.get_peft_model(Block(), peft.LoraConfig(target_modules=["query", "value"])).save_pretrained(
@@ -164,7 +170,11 @@ def main() -> None:
         print(what)
         for name, run in contestants.items():
             torch.manual_seed(0)
-            print(f"  {name:<9} {run()}")
+            try:
+                outcome = run()
+            except NotMeasured as reason:
+                outcome = f"{NOT_MEASURED}, {reason}"
+            print(f"  {name:<9} {outcome}")
 
 
 if __name__ == "__main__":

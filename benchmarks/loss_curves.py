@@ -18,11 +18,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-import torch.nn.functional as F
+from bench.arguments import positive
+from bench.curves import Curves, curves_text, draw_curves
+from bench.machine import describe_environment
+from bench.plain import PlainLoRA
+from bench.reports import RESULTS
 from datasets import load_dataset
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -36,24 +38,6 @@ import minilora
 
 PRECISIONS = ("fp32", "bf16-autocast", "bf16")
 """float32; the same under bfloat16 autocast; a base stored in bfloat16, adapters in float32, no autocast."""
-
-WINDOW = 25  # steps in the mean that is drawn
-
-
-class PlainLoRA(nn.Module):
-    """y = base(x) + s (x A^T) B^T, in float32 wherever the base is not, left to autograd."""
-
-    def __init__(self, twin: minilora.LoRALinear) -> None:
-        super().__init__()
-        self.base, self.scaling = twin.base, twin.scaling
-        self.lora_A = nn.Parameter(twin.lora_A.detach().clone())
-        self.lora_B = nn.Parameter(twin.lora_B.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        with torch.autocast(x.device.type, enabled=False):
-            delta = F.linear(F.linear(x.float(), self.lora_A), self.lora_B)
-        return y + (self.scaling * delta).to(y.dtype)
 
 
 def injected_model(args: argparse.Namespace, precision: str) -> nn.Module:
@@ -70,29 +54,12 @@ def injected_model(args: argparse.Namespace, precision: str) -> nn.Module:
 
 
 def with_plain_form(model: nn.Module) -> nn.Module:
-    """Replace each of minilora's layers by the plain formula with the same values."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, minilora.LoRALinear):
-            model.set_submodule(name, PlainLoRA(module))
+    """Replace each of minilora's layers by the plain formula, in float32, with the same values."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, minilora.LoRALinear):
+            plain = PlainLoRA(layer.base, layer.lora_A, layer.lora_B, scaling=layer.scaling, in_float32=True)
+            model.set_submodule(name, plain)
     return model
-
-
-def batches(args: argparse.Namespace) -> list[dict[str, Tensor]]:
-    """Return the tokenised batches, one for each step, the same at each call."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = load_dataset(args.data)["train"].shuffle(seed=args.seed)
-    text = "sentence" if "sentence" in data.column_names else "text"
-    collate = DataCollatorWithPadding(tokenizer)
-    chosen = []
-    for step in range(args.steps):
-        rows = data.select([(step * args.batch + i) % len(data) for i in range(args.batch)])
-        encoded = tokenizer(list(rows[text]), truncation=True, max_length=args.max_length)
-        features = [
-            {"input_ids": ids, "label": label}
-            for ids, label in zip(encoded["input_ids"], rows["label"], strict=True)
-        ]
-        chosen.append(dict(collate(features)))
-    return chosen
 
 
 def losses(
@@ -114,25 +81,22 @@ def losses(
     return curve
 
 
-def smoothed(curve: Sequence[float]) -> list[float]:
-    """Return the mean of the last `WINDOW` values at each step."""
-    return [sum(curve[max(0, i - WINDOW + 1) : i + 1]) / min(i + 1, WINDOW) for i in range(len(curve))]
-
-
-def draw(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
-    """Draw one panel for each precision."""
-    figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for ax, (precision, pair) in zip(axes, curves.items(), strict=True):
-        for (name, curve), style in zip(pair.items(), ("-", "--"), strict=True):
-            ax.plot(smoothed(curve), style, label=name)
-        ax.set_title(precision, fontsize=9)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    axes[0].set_ylabel(f"training loss, mean of {WINDOW} steps")
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=120)
+def batches(args: argparse.Namespace) -> list[dict[str, Tensor]]:
+    """Return the tokenised batches, one for each step, the same at each call."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = load_dataset(args.data)["train"].shuffle(seed=args.seed)
+    text = "sentence" if "sentence" in data.column_names else "text"
+    collate = DataCollatorWithPadding(tokenizer)
+    chosen = []
+    for step in range(args.steps):
+        rows = data.select([(step * args.batch + i) % len(data) for i in range(args.batch)])
+        encoded = tokenizer(list(rows[text]), truncation=True, max_length=args.max_length)
+        features = [
+            {"input_ids": ids, "label": label}
+            for ids, label in zip(encoded["input_ids"], rows["label"], strict=True)
+        ]
+        chosen.append(dict(collate(features)))
+    return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -143,26 +107,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder of a BERT-like encoder, or a name on the hub")
     parser.add_argument("--data", required=True, help="folder or hub name of the data set")
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=list(PRECISIONS))
-    parser.add_argument("--steps", type=common.positive, default=300)
-    parser.add_argument("--batch", type=common.positive, default=32)
-    parser.add_argument("--max-length", type=common.positive, default=64)
-    parser.add_argument("--rank", type=common.positive, default=4)
+    parser.add_argument("--steps", type=positive, default=300)
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--max-length", type=positive, default=64)
+    parser.add_argument("--rank", type=positive, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=common.positive)
+    parser.add_argument("--threads", type=positive)
     parser.add_argument("--output", type=Path, help="where to write the .json, .md and .png")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     steps = batches(args)
     started = time.perf_counter()
-    curves: dict[str, dict[str, list[float]]] = {}
+    curves: Curves = {}
     for precision in args.precision:
         autocast = precision == "bf16-autocast"
+        plain = with_plain_form(injected_model(args, precision))
         curves[precision] = {
-            "plain form": losses(
-                with_plain_form(injected_model(args, precision)), steps, args, autocast=autocast
-            ),
+            "plain form": losses(plain, steps, args, autocast=autocast),
             "minilora": losses(injected_model(args, precision), steps, args, autocast=autocast),
         }
     sizes = AutoConfig.from_pretrained(args.model)
@@ -170,30 +133,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{sizes.model_type}, {sizes.num_hidden_layers} x {sizes.hidden_size}; {Path(args.data).name}; "
         f"LoRA r = {args.rank} on every linear layer; {args.steps} steps of {args.batch}"
     )
-    lines = [
-        f"| precision | form | first {WINDOW} | last {WINDOW} | largest gap between the smoothed curves |",
-        "|---|---|--:|--:|--:|",
-    ]
-    for precision, pair in curves.items():
-        plain, fast = (smoothed(curve) for curve in pair.values())
-        gap = max(abs(a - b) for a, b in zip(plain, fast, strict=True))
-        for name, curve in pair.items():
-            first, last = smoothed(curve)[min(WINDOW, len(curve)) - 1], smoothed(curve)[-1]
-            lines.append(f"| {precision} | {name} | {first:.4f} | {last:.4f} | {gap:.4f} |")
     report = {
         "benchmark": "loss_curves",
         "date": date.today().isoformat(),
         "title": title,
         "seconds": round(time.perf_counter() - started, 1),
-        "environment": common.describe_environment(torch.device("cpu")),
+        "environment": describe_environment(torch.device("cpu")),
         "curves": curves,
     }
-    output = args.output or common.RESULTS / f"{date.today().isoformat()}-loss_curves-cpu"
+    output = args.output or RESULTS / f"{date.today().isoformat()}-loss_curves-cpu"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(report) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(f"# {title}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    draw(curves, title, output.with_suffix(".png"))
-    print("\n".join(lines))
+    output.with_suffix(".md").write_text(f"# {title}\n\n{curves_text(curves)}\n", encoding="utf-8")
+    draw_curves(curves, title).savefig(output.with_suffix(".png"), dpi=120)
+    print(curves_text(curves))
 
 
 if __name__ == "__main__":

@@ -11,72 +11,31 @@ ends there.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import common
-import models
 import torch
-import transformers
-from common import Contestant, NotMeasured, Row, Table
-from models import Setup
-from torch import Tensor, nn
+from bench.agreement import compare_outputs
+from bench.arguments import parser_for, start
+from bench.decoding import Cache
+from bench.forms import BASE, Form, forms
+from bench.models import SHAPES
+from bench.reports import finish
+from bench.setups import (
+    PRECISIONS,
+    Setup,
+    add_batch_arguments,
+    add_model_arguments,
+    setup_from,
+    shrink,
+)
+from bench.tables import Row, Table
+from bench.timing import Contestant, device_clock, race
+from bench.unmeasured import NotMeasured, noting_why_not
+from torch import Tensor
 
-import minilora
-
-BASE = "base"
-UNMERGED = "minilora unmerged"
 DECODED_TOKENS = 16
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest difference to the unmerged outputs, relative to the largest of them. bfloat16 keeps 8 bits."""
 ERROR = "difference to unmerged"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """A form of the model, as a row of the table."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    """Returns a model of its own, that no other form shares weights with."""
-    compiled: bool = False
-    in_bfloat16: bool = False
-    """Whether the form is cast as a whole, and so runs without autocast."""
-
-
-def forms(setup: Setup) -> list[Form]:
-    """Return the forms to compare. All but the base hold the same update."""
-    base = setup.build().eval()
-    unmerged = copy.deepcopy(base)
-    models.with_minilora(unmerged, setup)
-    models.randomise_update(unmerged)
-
-    def changed(change: Callable[..., nn.Module], **options: Any) -> Callable[[], nn.Module]:
-        return lambda: change(copy.deepcopy(unmerged), **options)
-
-    def peft(*, merged: bool) -> nn.Module:
-        model = models.with_peft(copy.deepcopy(base), setup).eval()
-        models.copy_adapter_to_peft(unmerged, model)
-        if merged:
-            model.merge_adapter()
-        return model
-
-    to_bfloat16 = changed(minilora.fuse, dtype=torch.bfloat16)
-    return [
-        Form(name=BASE, build=lambda: copy.deepcopy(base)),
-        Form(name=UNMERGED, build=lambda: copy.deepcopy(unmerged)),
-        Form(name="minilora merged", build=changed(minilora.merge)),
-        Form(name="minilora fused", build=changed(minilora.fuse)),
-        Form(name="minilora fused to bf16", build=to_bfloat16, in_bfloat16=True),
-        Form(name="minilora fused + torch.compile", build=changed(minilora.fuse), compiled=True),
-        Form(
-            name="minilora fused to bf16 + torch.compile", build=to_bfloat16, in_bfloat16=True, compiled=True
-        ),
-        Form(name="PEFT unmerged", build=lambda: peft(merged=False)),
-        Form(name="PEFT merged", build=lambda: peft(merged=True)),
-    ]
 
 
 class Forward:
@@ -91,43 +50,39 @@ class Forward:
 
     def __init__(self, form: Form, setup: Setup, batch: int, length: int) -> None:
         self.model = form.build()
+        self.setup = setup
         self.tokens = setup.tokens(batch, length)
-        self.on_cuda = setup.device.type == "cuda"
-        self.call = compiled(self.model, on_cuda=self.on_cuda) if form.compiled else self.model
-        # A context can be entered once, so it is made at each call; a form in bfloat16 needs none.
-        self.setup = None if form.in_bfloat16 else setup
+        self.call = setup.compile(self.model) if form.compiled else self.model
+        self.in_bfloat16 = form.in_bfloat16
         self.options = {"use_cache": False, "logits_to_keep": 1} if not setup.shape.head else {}
-
-    def prepare(self) -> None:
-        """Nothing to do before a pass."""
 
     @torch.inference_mode()
     def run(self) -> Tensor:
         """Return the logits: of the sequences, or of their last tokens."""
-        return self.logits(self.call, self.tokens, **self.options)
+        return self.logits(self.call, self.tokens)
 
-    def logits(self, call: Callable[..., Any], tokens: Tensor, **options: Any) -> Tensor:
-        """Call a model in this form's precision."""
-        if self.on_cuda:
-            torch.compiler.cudagraph_mark_step_begin()  # so that a replay may overwrite the last outputs
-        if self.setup is None:
-            return call(input_ids=tokens, **options).logits
+    def first_logits(self) -> Tensor:
+        """Return what is compared with the other forms."""
+        return self.run()
+
+    def logits(self, call: Callable[..., Any], tokens: Tensor) -> Tensor:
+        """Call a model in this form's precision; what is bfloat16 as a whole needs no autocast."""
+        self.setup.begin_step()
+        if self.in_bfloat16:
+            return call(input_ids=tokens, **self.options).logits
         with self.setup.autocast(training=False):
-            return call(input_ids=tokens, **options).logits
+            return call(input_ids=tokens, **self.options).logits
 
 
 class Decode(Forward):
     """Greedy decoding, token by token, after a prompt that is read off the clock.
 
-    The key-value cache is transformers' `StaticCache`, which CUDA graphs need, for all forms alike. Every
-    step attends over its whole length.
+    Every step attends over the whole length of the cache, for all forms alike.
     """
 
     def __init__(self, form: Form, setup: Setup, batch: int, length: int) -> None:
         super().__init__(form, setup, batch, length)
-        self.cache = transformers.StaticCache(
-            config=setup.shape.config, max_cache_len=length + DECODED_TOKENS
-        )
+        self.cache = Cache(config=setup.shape.config, max_cache_len=length + DECODED_TOKENS)
         self.options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
         self.next = self.tokens[:, -1:].contiguous()
 
@@ -135,21 +90,22 @@ class Decode(Forward):
     def prepare(self) -> None:
         """Read the prompt."""
         self.cache.reset()
-        self.next = self.logits(self.model, self.tokens, **self.options).argmax(-1)
+        self.next = self.logits(self.model, self.tokens).argmax(-1)
 
     @torch.inference_mode()
     def run(self) -> Tensor:
         """Decode, and return the logits of the last token."""
         token = self.next
         for _ in range(DECODED_TOKENS):
-            logits = self.logits(self.call, token, **self.options)
+            logits = self.logits(self.call, token)
             token = logits.argmax(-1)
         return logits
 
-
-def compiled(model: nn.Module, *, on_cuda: bool) -> Callable[..., Any]:
-    """Compile a model; on CUDA its kernels are replayed as a CUDA graph."""
-    return torch.compile(model, mode="reduce-overhead" if on_cuda else None, dynamic=False)
+    @torch.inference_mode()
+    def first_logits(self) -> Tensor:
+        """Return the logits after the prompt: forms go their own ways after one different token."""
+        self.prepare()
+        return self.logits(self.call, self.tokens[:, -1:].contiguous())
 
 
 def measure(setup: Setup, *, batch: int, length: int, decode: bool, compile_: bool, rounds: int) -> Table:
@@ -159,82 +115,52 @@ def measure(setup: Setup, *, batch: int, length: int, decode: bool, compile_: bo
         SystemExit: when a form's outputs are not those of the unmerged model.
     """
     work: dict[str, Forward] = {}
-    rows: dict[str, Row] = {}
     outputs: dict[str, Tensor] = {}
+    reasons: dict[str, str] = {}
+    names = []
     for form in forms(setup):
-        rows[form.name] = Row(name=form.name)
-        try:
+        names.append(form.name)
+        with noting_why_not(form.name, reasons):
             if form.compiled and not compile_:
                 raise NotMeasured("switched off (--no-compile, or --quick without --compile)")
             own = (Decode if decode else Forward)(form, setup, batch, length)
-            # Decoding goes its own way after one different token: compare what the prompt gives.
-            check = Forward.run if not decode else _first_logits
-            outputs[form.name] = check(own).float().clone()
+            outputs[form.name] = own.first_logits().float().clone()
             work[form.name] = own
-        except NotMeasured as reason:
-            rows[form.name] = Row(name=form.name, reason=str(reason))
-        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
-            rows[form.name] = Row(name=form.name, reason=f"{type(error).__name__}")
-    differences = compare(outputs, setup)
-    samples = common.race(
+    differences = compare_outputs(outputs, setup.precision)
+    samples = race(
         [
-            Contestant(name=name, run=own.run, prepare=own.prepare if decode else None)
+            Contestant(name=name, run=own.run, prepare=own.prepare if isinstance(own, Decode) else None)
             for name, own in work.items()
         ],
-        clock=common.device_clock(setup.device),
+        clock=device_clock(setup.device),
         rounds=rounds,
         shortest=0.02,
     )
-    for name, seconds in samples.items():
-        per_call = [each / DECODED_TOKENS for each in seconds] if decode else seconds
-        rows[name] = Row(name=name, samples=per_call, extra={ERROR: differences[name]})
+    rows = []
+    for name in names:
+        if name in reasons:
+            rows.append(Row(name=name, reason=reasons[name]))
+            continue
+        seconds = [each / (DECODED_TOKENS if decode else 1) for each in samples[name]]
+        rows.append(Row(name=name, samples=seconds, extra={ERROR: differences[name]}))
     what = f"{DECODED_TOKENS} tokens decoded one by one, time per token" if decode else "one forward pass"
     return Table(
         title=f"{setup.model}, {what}, batch {batch} x {length}, {setup.targets}, r = {setup.rank}, "
         f"{setup.precision}",
         reference=BASE,
-        rows=list(rows.values()),
+        rows=rows,
         formats={ERROR: "{:.1e}".format},
     )
 
 
-def _first_logits(work: Decode) -> Tensor:
-    work.prepare()
-    with torch.inference_mode():
-        return work.logits(work.call, work.tokens[:, -1:].contiguous(), **work.options)
-
-
-def compare(outputs: dict[str, Tensor], setup: Setup) -> dict[str, float]:
-    """Return how far each output is from the unmerged one, relative to the largest value there.
-
-    Raises:
-        SystemExit: when one is further away than rounding explains, or the update has no effect.
-    """
-    expected = outputs[UNMERGED]
-    scale = expected.abs().max()
-    differences = {name: ((out - expected).abs().max() / scale).item() for name, out in outputs.items()}
-    for name, difference in differences.items():
-        in_bfloat16 = "bf16" in name or setup.precision != "fp32"
-        tolerance = TOLERANCE[torch.bfloat16 if in_bfloat16 else torch.float32]
-        if name != BASE and not difference <= tolerance:
-            raise SystemExit(f"{name}: differs from {UNMERGED} by {difference:.2e}, which is not rounding")
-    if differences[BASE] <= TOLERANCE[torch.float32]:
-        raise SystemExit("the update does not change the model's outputs: nothing to compare")
-    return differences
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
-    parser = common.parser_for("Inference speed: unmerged, merged and fused against the base.", rounds=9)
-    parser.add_argument("--model", choices=list(models.SHAPES), default="bert-base", help="random weights")
-    parser.add_argument("--batch", type=common.positive, default=16, help="sequences")
-    parser.add_argument("--length", type=common.positive, default=128, help="tokens in each sequence")
-    parser.add_argument(
-        "--targets", choices=models.TARGETS, nargs="+", default=["all-linear"], help="one table for each"
-    )
+    parser = parser_for("Inference speed: unmerged, merged and fused against the base.", rounds=9)
+    add_model_arguments(parser, targets=["all-linear"])
+    add_batch_arguments(parser)
     parser.add_argument(
         "--precision",
-        choices=models.PRECISIONS,
+        choices=PRECISIONS,
         help="of all forms but those fused to bf16; by default fp32 on a CPU, bf16-autocast on CUDA",
     )
     parser.add_argument(
@@ -245,24 +171,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         action=argparse.BooleanOptionalAction,
         help="the torch.compile rows (minutes, at times); on by default, but not with --quick",
     )
-    args = common.start(parser, argv)
+    args = start(parser, argv)
     if args.quick:
-        args.model, args.batch, args.length = models.SHAPES[args.model].quick, 2, 16
-    if args.decode and models.SHAPES[args.model].head:
+        shrink(args)
+    if args.decode and SHAPES[args.model].head:
         parser.error("--decode needs a language model: --model llama-1b")
     if args.compile is None:
         args.compile = not args.quick
     args.precision = args.precision or ("bf16-autocast" if args.device.type == "cuda" else "fp32")
     tables = [
         measure(
-            Setup(
-                model=args.model,
-                device=args.device,
-                targets=targets,
-                rank=args.rank,
-                precision=args.precision,
-                seed=args.seed,
-            ),
+            setup_from(args, targets=targets, precision=args.precision),
             batch=args.batch,
             length=args.length,
             decode=args.decode,
@@ -271,8 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for targets in args.targets
     ]
-    variant = "" if args.model.startswith("bert") else f"-{args.model}"
-    common.finish(f"merge_speed{variant}{'-decode' if args.decode else ''}", args, tables)
+    finish("merge_speed", args, tables, variant="decode" if args.decode else "")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from .files.loading import load
 from .files.saving import adapter_state_dict, save
 from .frozen import FrozenStatistics
 from .inject import eject, inject
-from .lora import LoRALinear
+from .lora import LoRA
+from .lora_linear import LoRALinear
 from .merging import fuse, merge, unmerge
 from .module import InjectedModule
 from .summary import Summary, SummaryRow, summary
-from .trained import TrainableHead
+from .trained import TrainableHead, TrainedParameter
 from .training import disabled, freeze, trainable_parameters
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "FrozenStatistics",
     "InjectedModule",
+    "LoRA",
     "LoRAConfig",
     "LoRALinear",
     "MergeError",
@@ -38,6 +40,7 @@ __all__ = [
     "SummaryRow",
     "TargetError",
     "TrainableHead",
+    "TrainedParameter",
     "adapter_state_dict",
     "disabled",
     "eject",

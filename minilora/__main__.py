@@ -1,5 +1,7 @@
 """`python -m minilora`: the command line."""
 
+import sys
+
 from .cli import main
 
-raise SystemExit(main())
+sys.exit(main())

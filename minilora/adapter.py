@@ -59,7 +59,6 @@ class Adapter(InjectedModule):
     """
 
     kind = "adapter"
-    innermost = False
     mergeable = False
 
     config: AdapterConfig

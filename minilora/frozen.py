@@ -36,6 +36,7 @@ class FrozenStatistics(InjectedModule):
     """
 
     kind = "statistics"
+    position = 0
     trains = False
 
     def begin(self) -> None:

@@ -36,9 +36,9 @@ def effective_weight(
     """Return W + s B A, accumulated in at least float32 and rounded once.
 
     Args:
-        weight: (out, in), or (in, out) where `transposed`; floating point.
-        lora_A: (r, in).
-        lora_B: (out, r).
+        weight: (out, in), or (in, out) where `transposed`, or as `sum_with_product` takes it; floating point.
+        lora_A: (r, in), or a stack of them.
+        lora_B: (out, r), or a stack of them.
         scaling: the factor s.
         transposed: whether the weight, and so the result, is stored as (in, out).
         dtype: of the result; None means the weight's.
@@ -46,11 +46,35 @@ def effective_weight(
     Returns:
         A new tensor of the weight's shape, differentiable in all three tensors.
     """
-    exact = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
-    left, right = (lora_A.T, lora_B.T) if transposed else (lora_B, lora_A)
+    left, right = (lora_A.mT, lora_B.mT) if transposed else (lora_B, lora_A)
+    return sum_with_product(weight, left, right, scaling, dtype=dtype)
+
+
+def sum_with_product(
+    weight: Tensor, left: Tensor, right: Tensor, scaling: float, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return W + s L R, accumulated in at least float32 and rounded once: the one definition of W_eff.
+
+    Args:
+        weight: (rows, ...) for a matrix L; (..., rows, cols) for a stack.
+        left: (rows, r), or (..., rows, r).
+        right: (r, cols), with all but the first of W's dimensions flattened; or (..., r, cols).
+        scaling: the factor s.
+        dtype: of the result; None means the weight's.
+
+    Returns:
+        A new tensor of the weight's shape, differentiable in all three tensors.
+    """
+    exact = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
     with _without_autocast(weight):  # which would round the product to 16 bits
-        result = torch.addmm(weight.to(exact), left.to(exact), right.to(exact), alpha=scaling)
-    return result.to(dtype or weight.dtype)
+        if left.dim() == 2:
+            flat = weight.to(exact).reshape(left.shape[0], -1)
+            result = torch.addmm(flat, left.to(exact), right.to(exact), alpha=scaling)
+        else:
+            stack = weight.to(exact).flatten(0, -3)
+            L, R = left.to(exact).flatten(0, -3), right.to(exact).flatten(0, -3)
+            result = torch.baddbmm(stack, L, R, alpha=scaling)
+    return result.view(weight.shape).to(dtype or weight.dtype)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from .config import AdapterConfig, Config, LoRAConfig
 from .errors import TargetError, quoted, several
 from .module import is_called
-from .names import lies_within
-from .plan import Manifest, build
+from .names import described, lies_within
+from .plan import Manifest, build, grouped
 from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
-from .targets import Targets, choices, head_modules, linear_names_within, select
+from .targets import Target, Targets, choices, head_modules, linear_names_within, matching, select
+from .torch_internals import own_parameters
 from .training import freeze
 from .words import explains_foreign_words
 
@@ -22,7 +24,7 @@ from .words import explains_foreign_words
 def inject(
     model: nn.Module,
     targets: Targets,
-    config: Config = LoRAConfig(),  # noqa: B008  frozen, so one default serves all calls
+    config: Config | Mapping[Target, Config] | Callable[[str, Any], Config] = LoRAConfig(),  # noqa: B008  frozen
     *,
     trainable: Targets | None = None,
     exclude: Targets = (),
@@ -37,12 +39,15 @@ def inject(
         model: any module; changed in place. Not yet inside DDP, FSDP or `torch.compile`.
         targets: one, or several, of: a module's dotted name or a whole-segment suffix of it ("query"
             matches `layer.0.self.query`, never `my_query`); a compiled `re.Pattern`, matched in full; a
-            callable `(name, module) -> bool`; "all-linear", which is every linear layer but the output
-            head and what `trainable` names. Each must match.
-        config: a `LoRAConfig` or an `AdapterConfig`.
-        trainable: modules to train in full and to save with the adapter, such as ["classifier"]; a copy
-            is trained and the original kept. A list of modules stands for its members. `()` says that none
-            is meant, and silences the warning that a model with a task head gets for None.
+            callable `(name, module) -> bool`; "all-linear", which is every linear layer, fused experts and
+            attention's packed projections included, but the output head and what `trainable` names. What
+            matches no module is looked for among parameters ("in_proj_weight"). Each must match.
+        config: a `LoRAConfig` or an `AdapterConfig`; or a mapping of targets to configs, of which the first
+            that matches a site is its own; or a callable `(name, module or parameter) -> config`.
+        trainable: modules and parameters to train in full and to save with the adapter, such as
+            ["classifier", "norm.bias"]; a copy is trained and the original kept. A list of modules stands
+            for its members. `()` says that none is meant, and silences the warning that a model with a task
+            head gets for None.
         exclude: targets of the same language that are taken out again. Each must match, too.
 
     Returns:
@@ -51,7 +56,7 @@ def inject(
     Raises:
         TargetError: listing every problem with a target or a site; the model is as it was.
         MiniLoRAError: when the model is wrapped in DDP, FSDP or `torch.compile`, or an argument is not one.
-        TypeError: when the config is neither of the two.
+        TypeError: when the config is none of these.
 
     Warns:
         UserWarning: when a task head is about to stay frozen and unsaved, or a rank exceeds the smaller
@@ -69,10 +74,9 @@ def inject(
         head  x1  trained in full (Linear)          18  active
         ------------------------------------------------------
         trainable: 50 parameters, 55.6 % of the base's 90
+        LoRA reaches 80 % of the base's matrix weights; not 2
     """
     require_unwrapped(model)
-    if not isinstance(config, (LoRAConfig, AdapterConfig)):
-        raise TypeError(f"config must be a LoRAConfig or an AdapterConfig, not {config!r}")
     sites = Sites(model)
     heads, problems = select(sites, () if trainable is None else trainable, argument="trainable")
     heads = _members(heads, sites)
@@ -80,17 +84,19 @@ def inject(
     problems += more
     found, more = select(sites, targets, argument="targets", left_alone=heads)
     problems += more
-    chosen = tuple(name for name in found if name not in excluded)
+    chosen = [site for name, site in found.items() if name not in excluded]
     if not chosen and not more:
         problems.append(
             "targets: exclude leaves none of the sites that they match" if found else "targets: none given"
         )
-    plan, misfits = build(Manifest(((config, chosen),), tuple(heads)), sites)
+    placed, more = _configured(chosen, config, sites)
+    problems += more
+    plan, misfits = build(Manifest(grouped(placed), tuple(heads)), sites)
     problems += misfits.lines(lambda names: _instead(names, sites))
     if problems:
         raise TargetError(several(problems, outcome="the model has not been changed", footer=choices(sites)))
     if trainable is None:
-        _warn_of_frozen_head(sites, chosen)
+        _warn_of_frozen_head(sites, [site.owner for site in chosen])
     plan.put_in_place()
     freeze(model)
     return model
@@ -124,11 +130,57 @@ def eject(model: nn.Module) -> nn.Module:
     return model
 
 
+def _configured(
+    chosen: list[Site], config: object, sites: Sites
+) -> tuple[list[tuple[Config, str]], list[str]]:
+    """Return the config of each site, and what is wrong with a mapping or a callable of configs.
+
+    Raises:
+        TypeError: when what is given is no config, or what it gives is none.
+    """
+    placed: list[tuple[Config, str]] = []
+    problems: list[str] = []
+    of_site: Callable[[Site], object]
+    if isinstance(config, Mapping) and all(isinstance(value, Config) for value in config.values()):
+        matched = {target: set(matching(target, sites)) for target in config}
+        problems += [
+            f"config: {target!r} matches none of the sites" for target in config if not matched[target]
+        ]
+
+        def of_site(site: Site) -> object:
+            return next((config[target] for target in config if site.name in matched[target]), None)
+    elif callable(config) and not isinstance(config, type):
+
+        def of_site(site: Site) -> object:
+            value = site.bare if site.parameter is None else own_parameters(site.bare)[site.parameter]
+            return config(site.name, value)
+    else:
+
+        def of_site(site: Site) -> object:
+            return config
+
+    without: list[str] = []
+    for site in chosen:
+        found = of_site(site)
+        if found is None and isinstance(config, Mapping):
+            without.append(site.name)
+        elif not isinstance(found, (LoRAConfig, AdapterConfig)):
+            raise TypeError(f"config must be a LoRAConfig or an AdapterConfig, not {found!r:.100}")
+        else:
+            # LoRA at a module is LoRA on its weight: one site, one name.
+            on_weight = isinstance(found, LoRAConfig) and site.parameter == "weight" and site.owner
+            placed.append((found, site.owner if on_weight else site.name))
+    if without:
+        problems.append(f"config: no entry matches {described(without)}")
+    return placed, problems
+
+
 def _members(heads: dict[str, Site], sites: Sites) -> dict[str, Site]:
     """Return the sites with every list of modules, which is never called itself, given by its members."""
     found: dict[str, Site] = {}
     for name, site in heads.items():
-        if isinstance(site.bare, (nn.ModuleList, nn.ModuleDict)) and not is_called(site.bare):
+        a_list = isinstance(site.bare, (nn.ModuleList, nn.ModuleDict)) and not is_called(site.bare)
+        if site.parameter is None and a_list:
             members = {f"{name}.{child}": sites[f"{name}.{child}"] for child, _ in site.bare.named_children()}
             # Without any, the list stays, to be refused by name.
             found |= _members(

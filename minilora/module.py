@@ -43,8 +43,8 @@ class InjectedModule(nn.Module):
 
     kind: ClassVar[str]
     """The name of this kind of injection, in files and in summaries."""
-    innermost: ClassVar[bool] = True
-    """Whether a new wrapper goes next to the bare module, inside those that are there; else around them."""
+    position: ClassVar[int] = 3
+    """The order of wrappers at one site: those of a lower position stand further in, next to the module."""
     mergeable: ClassVar[bool] = True
     """Whether this kind can be merged and fused at all; `merge_problem` knows the exceptions."""
     trains: ClassVar[bool] = True
@@ -72,6 +72,10 @@ class InjectedModule(nn.Module):
         """Whether the base computes with a merged weight at present."""
         return False
 
+    def placed_at(self, site: str) -> str:
+        """Return the name by which a manifest knows this wrapper: the site's, or a parameter's below it."""
+        return site
+
     def begin(self) -> None:
         """Do what remains to be done once the wrapper stands in the model. Nothing for most kinds."""
 
@@ -96,13 +100,17 @@ class InjectedModule(nn.Module):
             values: tensors on the right device, of the right shapes and dtypes. Where a parameter has no
                 values yet (it is on the meta device), the tensor given becomes its data.
         """
-        for name, live in self.saved_state().items():
-            if live.is_meta and not values[name].is_meta:
-                owner, _, leaf = name.rpartition(".")
-                new = nn.Parameter(values[name], requires_grad=live.requires_grad)
-                put_parameter(self.get_submodule(owner), leaf, new)
+        owners = {
+            id(parameter): (module, name)
+            for module in self.modules()
+            for name, parameter in own_parameters(module).items()
+        }
+        for key, live in self.saved_state().items():
+            if live.is_meta and not values[key].is_meta:
+                new = nn.Parameter(values[key], requires_grad=live.requires_grad)
+                put_parameter(*owners[id(live)], new)
             else:
-                live.copy_(values[name])
+                live.copy_(values[key])
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the tensors beside the base, by their names in this module; the tensors themselves."""

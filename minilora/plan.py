@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,24 +19,25 @@ from .adapter import Adapter
 from .config import AdapterConfig, Config, LoRAConfig
 from .errors import TargetError, quoted
 from .frozen import FrozenStatistics, keeps_statistics
-from .linear import is_managed, linear_shape
-from .lora import LoRALinear
+from .linear import call_problem, is_managed, linear_shape, plain_weight
+from .lora import LoRA
+from .lora_linear import LoRALinear
 from .module import InjectedModule, bare_module, device_of
 from .names import above, described, nearest
 from .sites import Site, Sites, replace_modules
-from .torch_internals import own_parameters
-from .trained import TrainableHead
+from .torch_internals import has_hooks, own_parameters
+from .trained import TrainableHead, TrainedParameter
 
 CONFIGS: dict[str, type[Config]] = {config.kind: config for config in (LoRAConfig, AdapterConfig)}
 """The config of each kind that has one, by the kind's name."""
 
-WRAPPERS: dict[str, Any] = {LoRALinear.kind: LoRALinear, Adapter.kind: Adapter}
-"""What a config of each kind asks for."""
+WRAPPERS: dict[str, type[InjectedModule]] = {LoRA.kind: LoRA, Adapter.kind: Adapter}
+"""The wrappers that configs of each kind ask for; `LoRALinear` is a `LoRA`."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Which configs stand at which sites, and which modules are trained in full."""
+    """Which configs stand at which sites, and which modules and parameters are trained in full."""
 
     injections: tuple[tuple[Config, tuple[str, ...]], ...]
     trainable: tuple[str, ...]
@@ -50,9 +50,9 @@ class Manifest:
         for name, site in injected.items():
             for wrapper in reversed(site.wrappers):  # LoRA first, then the adapter around it
                 if wrapper.config is not None:
-                    placed.append((wrapper.config, name))
+                    placed.append((wrapper.config, wrapper.placed_at(name)))
                 elif wrapper.trains:
-                    trainable.append(name)
+                    trainable.append(wrapper.placed_at(name))
         return cls(grouped(placed), tuple(trainable))
 
     def placed(self) -> dict[tuple[str, str], Config | None]:
@@ -99,13 +99,14 @@ class Plan:
     replacements: dict[nn.Module, nn.Module] = field(default_factory=dict)
     """What takes the place of what."""
 
-    def add(self, site: Site, make: Callable[[nn.Module], InjectedModule], *, innermost: bool) -> None:
-        """Make a wrapper: around the bare module inside a site's wrappers, or around them all."""
-        inside = site.bare if innermost else site.outermost
+    def add(self, site: Site, make: Callable[[nn.Module], InjectedModule], position: int) -> None:
+        """Make a wrapper around what stands further in at a site, and inside what stands further out."""
+        further_in = (wrapper for wrapper in site.wrappers if wrapper.position <= position)
+        inside = next(further_in, site.bare)
         # What this plan has put there already stays inside of it.
         wrapper = make(self.replacements.get(inside, inside))
         self.replacements[inside] = wrapper
-        self.wrappers.setdefault(site.name, []).insert(0, wrapper)
+        self.wrappers.setdefault(site.owner, []).insert(0, wrapper)
 
     def sites(self) -> dict[str, Site]:
         """Return the sites with their new wrappers, as `sites.injected_sites` would, were they in place."""
@@ -134,39 +135,61 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
         without_values: make new parameters on the meta device, for values that come from a file.
     """
     plan, problems = Plan(sites.model), Problems()
+
+    def add(site: Site, make: Callable[[nn.Module], InjectedModule], position: int) -> None:
+        try:
+            plan.add(site, make, position)
+        except TargetError as error:
+            problems.add(site.name, str(error))
+
     for site in sites.unique():
         frozen = any(isinstance(wrapper, FrozenStatistics) for wrapper in site.wrappers)
         if keeps_statistics(site.bare) and not frozen:
-            plan.add(site, FrozenStatistics, innermost=True)
+            plan.add(site, FrozenStatistics, FrozenStatistics.position)
+    in_full = _trained_in_full(manifest, sites, problems)
+    for site in in_full:
+        if site.parameter is not None:
+            add(site, partial(TrainedParameter, parameter=site.parameter), TrainedParameter.position)
     default = device_of(sites.model)
-    for config, names in sorted(manifest.injections, key=lambda entry: not WRAPPERS[entry[0].kind].innermost):
-        kind = WRAPPERS[config.kind]
+    for config, names in sorted(manifest.injections, key=lambda entry: WRAPPERS[entry[0].kind].position):
         for name in names:
-            if problem := _missing(name, sites, problems) or _taken(sites[name], config, sites, plan):
+            problem = _missing(name, sites, problems) or _taken(sites[name], config, sites, plan)
+            if problem:
                 problems.add(name, problem)
                 continue
             device = torch.device("meta") if without_values else device_of(sites[name].bare, default)
-            try:
-                make = partial(kind, config=config, site=name, device=device)
-                plan.add(sites[name], make, innermost=kind.innermost)
-            except TargetError as error:
-                problems.add(name, str(error))
-    overlaps, ties = _overlaps(manifest, sites), _ties(manifest, sites)
-    for name, count in Counter(manifest.trainable).items():
-        if problem := _missing(name, sites, problems):
-            problems.add(name, f"to be trained in full, but {problem}")
-        elif problem := (
-            ("listed twice to be trained in full" if count > 1 else overlaps.get(name))
-            or ties.get(name)
-            or _offloaded(sites[name])
-        ):
-            problems.add(name, problem)
-        else:
-            try:
-                plan.add(sites[name], TrainableHead, innermost=False)
-            except TargetError as error:
-                problems.add(name, str(error))
+            make = partial(_wrapper, config=config, site=sites[name], device=device)
+            add(sites[name], make, WRAPPERS[config.kind].position)
+    for site in in_full:
+        if site.parameter is None:
+            add(site, TrainableHead, TrainableHead.position)
     return plan, problems
+
+
+def _wrapper(base: nn.Module, config: Config, site: Site, device: torch.device) -> InjectedModule:
+    """Return what a config asks for at a site, around `base`.
+
+    Raises:
+        TargetError: when it cannot stand there.
+    """
+    if isinstance(config, AdapterConfig):
+        if site.parameter is not None:
+            raise TargetError("is a parameter, and a bottleneck adapter goes around a module")
+        return Adapter(base, config, site=site.name, device=device)
+    assert isinstance(config, LoRAConfig)
+    if site.parameter is None and linear_shape(site.bare) and not _runs_its_own_code(site.bare):
+        return LoRALinear(base, config, site=site.name, device=device)
+    parameter = site.parameter or "weight"
+    if own_parameters(site.bare).get(parameter) is None:
+        matrices = [n for n, p in own_parameters(site.bare).items() if p is not None and p.dim() > 1]
+        instead = f"; it has {quoted([f'{site.name}.{name}' for name in matrices])}" if matrices else ""
+        raise TargetError(f"{type(site.bare).__name__} has no weight of its own{instead}")
+    return LoRA(base, config, site=site.name, device=device, parameter=parameter)
+
+
+def _runs_its_own_code(linear: nn.Module) -> bool:
+    """Return whether a linear layer must be run by its own code, because it does more than F.linear."""
+    return plain_weight(linear) is not None and not has_hooks(linear) and call_problem(linear) is not None
 
 
 def _missing(name: str, sites: Sites, problems: Problems) -> str | None:
@@ -174,7 +197,12 @@ def _missing(name: str, sites: Sites, problems: Problems) -> str | None:
     if name not in sites:
         # Comparing names is slow, and after a few hints the next ones tell nothing new.
         near = nearest(name, sites, limit=1) if len(problems) < 8 else []
-        return "the model has no such module" + (f"; nearest: {near[0]!r}" if near else "")
+        return "the model has no such module or parameter" + (f"; nearest: {near[0]!r}" if near else "")
+    if not sites[name].owner:
+        return (
+            "is a parameter of the model itself, which nothing stands around: put the model in another, "
+            'nn.ModuleDict({"model": model}), and inject into that one'
+        )
     if (first := sites.first_name(sites[name])) != name:
         return f"the model has this module first as {first!r}, and files name it so"
     return None
@@ -182,21 +210,17 @@ def _missing(name: str, sites: Sites, problems: Problems) -> str | None:
 
 def _taken(site: Site, config: Config, sites: Sites, plan: Plan) -> str | None:
     """Return why a config cannot be injected at a site, for what is there already or planned, or None."""
-    for outer in (*above(site.name), site.name):
+    for outer in (*above(site.owner), site.owner):
         if any(wrapper.trains_whole_module for wrapper in sites[outer].wrappers):
             return f"lies in {outer!r}, which is trained in full; leave it out with exclude=..."
         if any(kind.__name__ == "BaseTunerLayer" for kind in type(sites[outer].bare).__mro__):
             return (
                 f"{outer!r} is wrapped by PEFT already; take PEFT's layers out first: model = model.unload()"
             )
-    for wrapper in site.wrappers:
-        if wrapper.kind == config.kind:
-            return (
-                f"carries {wrapper.description()} already; leave it out with exclude=..., "
-                "or call minilora.eject(model) first"
-            )
-    if any(wrapper.kind == config.kind for wrapper in plan.wrappers.get(site.name, ())):
-        return f"listed twice for {config.kind}"
+    if problem := _occupied(site, config, plan):
+        return problem
+    if site.parameter is not None and len(sites.owners(site)) > 1:
+        return f"is one parameter of several modules ({quoted(sites.owners(site))}); untie it first"
     return _offloaded(site)
 
 
@@ -211,19 +235,63 @@ def _offloaded(site: Site) -> str | None:
     return None
 
 
+def _occupied(site: Site, config: Config, plan: Plan) -> str | None:
+    """Return which wrapper of a site or a plan has the place already, or None."""
+    parameter = site.parameter or "weight"
+    for wrapper in (*site.wrappers, *plan.wrappers.get(site.owner, ())):
+        if getattr(wrapper, "parameter", parameter) != parameter:
+            continue  # of another parameter of the same module
+        if wrapper.kind == config.kind:
+            if wrapper not in site.wrappers:
+                return f"listed twice for {config.kind}"
+            return (
+                f"carries {wrapper.description()} already; leave it out with exclude=..., "
+                "or call minilora.eject(model) first"
+            )
+        if isinstance(wrapper, TrainedParameter) and config.kind == LoRA.kind:
+            return "is trained in full as well; choose one of the two"
+    return None
+
+
+def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> list[Site]:
+    """Return the sites whose copies shall be trained, and note which of them cannot be."""
+    overlaps = _overlaps(manifest, sites)
+    found = []
+    for name, count in Counter(manifest.trainable).items():
+        if problem := _missing(name, sites, problems):
+            problems.add(name, f"to be trained in full, but {problem}")
+        elif (problem := "listed twice to be trained in full" if count > 1 else overlaps.get(name)) or (
+            problem := _tie(sites[name], sites)
+        ):
+            problems.add(name, problem)
+        else:
+            found.append(sites[name])
+    return found
+
+
 def _overlaps(manifest: Manifest, sites: Sites) -> dict[str, str]:
-    """Return, for each module to be trained in full, the sites that it is, contains or lies in."""
-    heads = set(manifest.trainable)
+    """Return, for each module or parameter to be trained in full, the sites that it is, contains or lies in.
+
+    A parameter may lie in a site, as the bias of a layer with LoRA on its weight does, if it is another.
+    """
+    heads = {name for name in manifest.trainable if name in sites}
+    modules = {name for name in heads if sites[name].parameter is None}
     taken = {name for _, names in manifest.injections for name in names}
-    taken |= {name for name, site in sites.injected().items() if any(w.trains for w in site.wrappers)}
+    taken |= {
+        wrapper.placed_at(name)
+        for name, s in sites.injected().items()
+        for wrapper in s.wrappers
+        if wrapper.trains
+    }
+    whole = {name for name, s in sites.injected().items() if any(w.trains_whole_module for w in s.wrappers)}
     found: dict[str, set[str]] = {}
     for name in heads & taken:
         found.setdefault(name, set()).add(name)
     for name in heads | taken:
         for outer in above(name):
-            if outer in heads:
+            if outer in modules:
                 found.setdefault(outer, set()).add(name)
-            if name in heads and (outer in taken or outer in heads):
+            if (name in modules and outer in taken) or (name in heads and outer in modules | whole):
                 found.setdefault(name, set()).add(outer)
     return {
         name: "trainable names what is, contains or lies inside an injected site or another trainable module "
@@ -232,34 +300,29 @@ def _overlaps(manifest: Manifest, sites: Sites) -> dict[str, str]:
     }
 
 
-def _ties(manifest: Manifest, sites: Sites) -> dict[str, str]:
-    """Return, for each module to be trained in full, why a copy would loosen a tie to another module."""
-    if not manifest.trainable:
-        return {}
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for module_name, module in sites.model.named_modules():
-        for parameter_name, parameter in own_parameters(module).items():
-            owners.setdefault(id(parameter), []).append((f"{module_name}.{parameter_name}", module))
-    found: dict[str, str] = {}
-    for name in {*manifest.trainable} & set(sites):
-        inside = set(sites[name].outermost.modules())
-        outside = [
-            owner
-            for parameter in sites[name].bare.parameters()
-            for owner, module in owners.get(id(parameter), ())
-            if module not in inside
-        ]
-        if outside:
-            instead = (
-                "Give it as a target for LoRA instead, or untie"
-                if linear_shape(sites[name].bare)
-                else "Untie"
-            )
-            found[name] = (
-                f"trainable names a module whose weight is tied to {quoted(outside)}; a trained copy would "
-                f"untie them. {instead} the weights first"
-            )
-    return found
+def _tie(site: Site, sites: Sites) -> str | None:
+    """Return why a trained copy of a module or parameter would loosen a tie to another module, or None."""
+    if site.parameter is not None:
+        outside = [name for name in sites.owners(site) if name != site.name]
+        what, instead = "parameter that is", "Untie"
+    else:
+        inside = set(site.bare.modules())
+        outside = sorted(
+            {name for p in site.bare.parameters() for name, m in sites.owners_of(p) if m not in inside}
+        )
+        weight = own_parameters(site.bare).get("weight")
+        what = "module whose weight is"
+        instead = (
+            "Untie"
+            if weight is None or weight.dim() < 2
+            else "Give it as a target for LoRA instead, or untie"
+        )
+    if not outside:
+        return None
+    return (
+        f"trainable names a {what} tied to {quoted(outside)}; a trained copy would untie them. {instead} the "
+        "weights first"
+    )
 
 
 def _warn_of_wide_ranks(plan: Plan) -> None:
@@ -267,8 +330,7 @@ def _warn_of_wide_ranks(plan: Plan) -> None:
         name
         for name, wrappers in plan.wrappers.items()
         for wrapper in wrappers
-        if isinstance(wrapper, LoRALinear)
-        and wrapper.config.r > min(wrapper.in_features, wrapper.out_features)
+        if isinstance(wrapper, LoRA) and wrapper.config.r > min(wrapper.layout.inputs, wrapper.layout.outputs)
     ]
     if wide:
         warnings.warn(

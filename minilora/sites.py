@@ -10,7 +10,7 @@ Names are those of the bare model, so they are the same before and after an inje
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,12 +18,12 @@ from torch import nn
 from .errors import MiniLoRAError, quoted
 from .module import InjectedModule
 from .names import ends
-from .torch_internals import children, is_shard, lazy_parameters, put_child
+from .torch_internals import children, is_shard, lazy_parameters, own_parameters, put_child
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a model: what belongs there, and the wrappers that stand around it."""
+    """A place in a model, a module or a parameter of one, and the wrappers around the module."""
 
     name: str
     """In the bare model."""
@@ -31,6 +31,13 @@ class Site:
     """The module that was there before any injection."""
     wrappers: tuple[InjectedModule, ...] = ()
     """Outermost first; empty where nothing was injected."""
+    parameter: str | None = None
+    """The parameter of the module that is meant; None for the module itself."""
+
+    @property
+    def owner(self) -> str:
+        """The name of the module: the site's own, but for a parameter."""
+        return self.name if self.parameter is None else self.name.rpartition(".")[0]
 
     @property
     def outermost(self) -> nn.Module:
@@ -39,7 +46,9 @@ class Site:
 
 
 class Sites(Mapping[str, Site]):
-    """Every place in a model by name, in the model's order; a shared module comes under each name.
+    """Every module in a model by name, in the model's order; a shared module comes under each name.
+
+    The name of a parameter can be looked up like that of a module.
 
     Args:
         model: injected or bare. What wrappers added is left out, and so is the model itself.
@@ -55,9 +64,16 @@ class Sites(Mapping[str, Site]):
         self._first_names: dict[nn.Module, str] = {}
         for name, site in self._by_name.items():
             self._first_names.setdefault(site.bare, name)
+        self._owners: dict[int, list[tuple[str, nn.Module]]] | None = None
 
     def __getitem__(self, name: str) -> Site:
-        return self._by_name[name]
+        if name in self._by_name:
+            return self._by_name[name]
+        owner, _, leaf = name.rpartition(".")
+        site = self._by_name[owner] if owner else Site("", self.model)  # or a KeyError
+        if own_parameters(site.bare).get(leaf) is None:
+            raise KeyError(name)
+        return Site(name, site.bare, site.wrappers, leaf)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
@@ -67,20 +83,43 @@ class Sites(Mapping[str, Site]):
 
     def first_name(self, site: Site) -> str:
         """Return the name under which a shared module is known: the first that the walk met."""
-        return self._first_names[site.bare]
+        first = self._first_names.get(site.bare, "")
+        return first if site.parameter is None else f"{first}.{site.parameter}".lstrip(".")
 
     def unique(self) -> Iterator[Site]:
         """Yield the sites, a shared module under its first name only."""
         return (self._by_name[name] for name in self._first_names.values())
 
     @functools.cached_property
-    def by_end(self) -> dict[str, set[nn.Module]]:
-        """The modules by each end of their names, in whole segments: "query" and "self.query" and so on."""
-        found: dict[str, set[nn.Module]] = {}
-        for name, site in self._by_name.items():
-            for end in ends(name):
-                found.setdefault(end, set()).add(site.bare)
-        return found
+    def by_end(self) -> dict[str, list[str]]:
+        """The modules' names, a shared one's first, by each end of a name in whole segments."""
+        return _by_end((name, self.first_name(site)) for name, site in self._by_name.items())
+
+    @functools.cached_property
+    def parameters_by_end(self) -> dict[str, list[str]]:
+        """The parameters' names by each of their ends in whole segments."""
+        return _by_end((site.name, site.name) for site in self.parameters())
+
+    def parameters(self) -> Iterator[Site]:
+        """Yield the parameters of the bare model as sites, those of a shared module once."""
+        for site in (Site("", self.model), *self.unique()):
+            for leaf, parameter in own_parameters(site.bare).items():
+                if parameter is not None:
+                    yield Site(f"{site.name}.{leaf}".lstrip("."), site.bare, site.wrappers, leaf)
+
+    def owners_of(self, parameter: nn.Parameter) -> list[tuple[str, nn.Module]]:
+        """Return the bare modules that own a parameter, each with its name there; several if it is tied."""
+        if self._owners is None:
+            self._owners = {}
+            for site in self.parameters():
+                owned = own_parameters(site.bare)[site.parameter or ""]
+                self._owners.setdefault(id(owned), []).append((site.name, site.bare))
+        return self._owners.get(id(parameter), [])
+
+    def owners(self, site: Site) -> list[str]:
+        """Return the names of a parameter, under every module that owns it."""
+        parameter = own_parameters(site.bare)[site.parameter or ""]
+        return [] if parameter is None else [name for name, _ in self.owners_of(parameter)]
 
     def shared(self) -> set[str]:
         """Return the names of modules that have several."""
@@ -95,6 +134,14 @@ class Sites(Mapping[str, Site]):
     def injected(self) -> dict[str, Site]:
         """Return the sites that carry wrappers."""
         return {site.name: site for site in self.unique() if site.wrappers}
+
+
+def _by_end(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, dict[str, None]] = {}
+    for name, known_as in names:
+        for end in ends(name):
+            found.setdefault(end, {})[known_as] = None
+    return {end: list(names_of_end) for end, names_of_end in found.items()}
 
 
 def _walk(module: nn.Module, prefix: str) -> Iterator[Site]:
@@ -203,7 +250,10 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     ]
     try:
         for parent, name, old in places:
-            put_child(parent, name, replacements[old])
+            new = old
+            while new in replacements:  # a wrapper that gives way to one that gives way
+                new = replacements[new]
+            put_child(parent, name, new)
     except BaseException:
         for parent, name, old in places:
             put_child(parent, name, old)

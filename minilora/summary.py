@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .errors import listed
+from .mergeable import Mergeable
 from .module import InjectedModule
 from .names import generic
-from .sites import injected_sites, require_unwrapped
+from .sites import Sites, injected_sites, require_unwrapped
+from .torch_internals import own_parameters
 from .training import added_tensors, thawed_parameters
 
 
@@ -52,6 +55,10 @@ class Summary:
     """Number of parameters with `requires_grad`."""
     base: int
     """Number of parameters of the base model."""
+    reached: float | None = None
+    """The share of the base's matrix weights that LoRA reaches, from 0 to 1; None where there is no LoRA."""
+    left_out: tuple[tuple[str, int], ...] = ()
+    """The modules whose matrix weights LoRA does not reach, by generic names, with their number."""
 
     def __str__(self) -> str:
         header = ("site", "", "kind", "parameters", "state")
@@ -67,7 +74,12 @@ class Summary:
         rule = "-" * max(map(len, lines))
         share = 100 * self.trainable / self.base if self.base else 0.0
         total = f"trainable: {self.trainable:,} parameters, {share:.3g} % of the base's {self.base:,}"
-        return "\n".join([self.model, rule, lines[0], rule, *lines[1:], rule, total])
+        lines = [self.model, rule, lines[0], rule, *lines[1:], rule, total]
+        if self.reached is not None:
+            left = listed([f"{name} (x{n})" if n > 1 else name for name, n in self.left_out])
+            reach = f"LoRA reaches {100 * self.reached:.3g} % of the base's matrix weights"
+            lines.append(f"{reach}; not {left}" if left else reach)
+        return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -89,7 +101,9 @@ def summary(model: nn.Module) -> Summary:
     for name, site in injected.items():
         for wrapper in site.wrappers:
             state = "merged" if wrapper.merged else "active" if wrapper.enabled else "disabled"
-            groups.setdefault((generic(name), wrapper.description(), state), []).append(wrapper)
+            groups.setdefault((generic(wrapper.placed_at(name)), wrapper.description(), state), []).append(
+                wrapper
+            )
     rows = [
         SummaryRow(
             sites=sites,
@@ -120,9 +134,38 @@ def summary(model: nn.Module) -> Summary:
             for name, n in thawed.items()
         ]
     added = added_tensors(injected)
+    reached, left_out = _reach(model)
     return Summary(
         model=type(model).__name__,
         rows=tuple(rows),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         base=sum(p.numel() for p in model.parameters() if id(p) not in added),
+        reached=reached,
+        left_out=left_out,
     )
+
+
+def _reach(model: nn.Module) -> tuple[float | None, tuple[tuple[str, int], ...]]:
+    """Return the share of the bare model's matrix weights under LoRA, and whose are not."""
+    sites = Sites(model)
+    found = [w for site in sites.unique() for w in site.wrappers if isinstance(w, Mergeable)]
+    under = {id(parameter) for wrapper in found for parameter in wrapper.replaced_by_merging()}
+    all_of_it = reached = 0
+    left: dict[str, int] = {}
+    seen: set[int] = set()
+    for site in sites.parameters():
+        parameter = own_parameters(site.bare)[site.parameter or ""]
+        covered = any(w in site.wrappers and w.parameter == site.parameter for w in found)
+        if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+            continue
+        if id(parameter) in seen and not covered:
+            continue  # tied: counted once
+        seen.add(id(parameter))
+        all_of_it += parameter.numel()
+        if covered or id(parameter) in under:
+            reached += parameter.numel()
+        else:
+            name = generic(site.owner if site.parameter == "weight" else site.name)
+            left[name] = left.get(name, 0) + 1
+    share = reached / all_of_it if found and all_of_it else None
+    return share, tuple(left.items()) if found else ()

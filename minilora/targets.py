@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from .linear import linear_shape
 from .names import generic, nearest, outermost_of, suffix_counts
 from .sites import Site, Sites
+from .torch_internals import own_parameters
 
-Target: TypeAlias = "str | re.Pattern[str] | Callable[[str, nn.Module], bool]"
+Target: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool]"
 """A full dotted name or a whole-segment suffix of one; a compiled pattern, matched in full; or a predicate
-`(name, module) -> bool`. The string "all-linear" is a target of its own."""
+`(name, module) -> bool`. It names modules; where it matches none, the parameters of modules by the same
+rules. The string "all-linear" is a target of its own."""
 
 Targets: TypeAlias = "Target | Iterable[Target]"
 
@@ -41,8 +43,8 @@ def select(
         for each target that is malformed or matches nothing.
     """
     problems: list[str] = []
-    matched: set[nn.Module] = set()
-    for target in _as_list(targets):
+    matched: set[str] = set()
+    for target in as_list(targets):
         # A type or a module is callable, but not as a predicate.
         if isinstance(target, (type, nn.Module)) or not (
             isinstance(target, (str, re.Pattern)) or callable(target)
@@ -52,18 +54,53 @@ def select(
                 "re.Pattern, or a callable (name, module) -> bool"
             )
             continue
-        if target == ALL_LINEAR:
-            found = _all_linear(sites, left_alone)
-        elif isinstance(target, str):
-            found = sites.by_end.get(target, set())
-        else:
-            found = {site.bare for site in sites.values() if _matches(target, site)}
+        found = _all_linear(sites, left_alone) if target == ALL_LINEAR else matching(target, sites)
         if not found:
             # Comparing names is slow, and after a few hints the next ones tell nothing new.
             hint = _hint(target, sites) if len(problems) < HINTS else ""
             problems.append(f"{argument}: {_shown(target)} matches no module{hint}")
-        matched |= found
-    return {site.name: site for site in sites.unique() if site.bare in matched}, problems
+        matched.update(found)
+    in_order = (*sites.unique(), *sites.parameters())
+    return {site.name: site for site in in_order if site.name in matched}, problems
+
+
+def matching(target: Target, sites: Sites) -> list[str]:
+    """Return the names that a target matches: of modules, a shared one by its first; else of parameters."""
+    if isinstance(target, str):
+        return sites.by_end.get(target) or sites.parameters_by_end.get(target, [])
+    modules = {sites.first_name(site) for site in sites.values() if _matches(target, site.name, site.bare)}
+    return list(modules) or [
+        site.name
+        for site in sites.parameters()
+        if _matches(target, site.name, own_parameters(site.bare)[site.parameter or ""])
+    ]
+
+
+def is_matrix_of_experts(site: Site) -> bool:
+    """Return whether a parameter is a stack of linear layers, one for each expert of its module.
+
+    The module says so itself, by a count of experts equal to the parameter's first dimension.
+    """
+    parameter = own_parameters(site.bare).get(site.parameter or "")
+    if parameter is None or parameter.dim() != 3 or not parameter.is_floating_point():
+        return False
+    counts = {
+        value for name, value in vars(site.bare).items() if "experts" in name and isinstance(value, int)
+    }
+    return len(parameter) in counts
+
+
+def linear_parameters(sites: Sites) -> list[str]:
+    """Return the parameters that are linear layers though no module of that kind holds them.
+
+    Fused experts, a matrix each, and the input projections of `nn.MultiheadAttention`.
+    """
+    return [
+        site.name
+        for site in sites.parameters()
+        if is_matrix_of_experts(site)
+        or (isinstance(site.bare, nn.MultiheadAttention) and (site.parameter or "").endswith("proj_weight"))
+    ]
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -121,34 +158,39 @@ def linear_names_within(sites: Sites, outer: Iterable[str]) -> list[str]:
         {
             f"{name.rsplit('.', 1)[-1]}.{inner}"
             for name in outer
-            if name in sites
+            if name in sites and sites[name].parameter is None
             for inner, site in Sites(sites[name].bare).items()
             if linear_shape(site.bare)
         }
     )
 
 
-def _as_list(targets: Targets) -> list[Target]:
+def as_list(targets: Targets) -> list[Target]:
+    """Return the targets as a list, whether one was given or several."""
     if isinstance(targets, (str, re.Pattern)) or not isinstance(targets, Iterable):
         return [targets]
     return list(targets)
 
 
-def _matches(target: re.Pattern[str] | Callable[[str, nn.Module], bool], site: Site) -> bool:
+def _matches(target: re.Pattern[str] | Callable[[str, Any], bool], name: str, value: Any) -> bool:
     if isinstance(target, re.Pattern):
-        return target.fullmatch(site.name) is not None
-    return bool(target(site.name, site.bare))
+        return target.fullmatch(name) is not None
+    return bool(target(name, value))
 
 
-def _all_linear(sites: Sites, left_alone: Iterable[str]) -> set[nn.Module]:
+def _all_linear(sites: Sites, left_alone: Iterable[str]) -> list[str]:
     trained = {s.name for s in sites.unique() if any(w.trains_whole_module for w in s.wrappers)}
     spared = {*left_alone, *trained, *head_modules(sites.model)}
     output = output_embedding(sites.model)
-    return {
-        site.bare
-        for name, site in sites.items()
-        if linear_shape(site.bare) and site.bare is not output and outermost_of(name, spared) is None
-    }
+    modules = (
+        sites.first_name(site)
+        for site in sites.values()
+        if linear_shape(site.bare)
+        and site.outermost is not output
+        and outermost_of(site.name, spared) is None
+    )
+    inside = (name for name in linear_parameters(sites) if outermost_of(name, spared) is None)
+    return [*dict.fromkeys(modules), *inside]
 
 
 def _shown(target: Target) -> str:
@@ -175,6 +217,6 @@ def _hint(target: Target, sites: Sites) -> str:
         return f"; did you mean {ALL_LINEAR!r}?"
     if re.search(r"[*+?\[\]()|^$\\]", target):
         return "; a string is a name, not a pattern: did you mean re.compile(...)?"
-    counts = suffix_counts(sites)
+    counts = suffix_counts((*sites, *(site.name for site in sites.parameters())))
     near = ", ".join(f"{name!r} (x{counts[name]})" for name in nearest(target, counts))
     return f"; nearest: {near}" if near else ""

@@ -1,8 +1,10 @@
-"""`TrainableHead`: a module that is trained in full, as a copy, while the original stays as it was.
+"""`TrainableHead`, `TrainedParameter`: trained in full, as a copy, while the original stays as it was.
 
-model.classifier: TrainableHead
-    .base       the original, frozen: what `eject` and `disabled` give back
-    .trained    its copy: what is trained, saved, and left behind by `fuse`
+model.classifier: TrainableHead             model.norm: TrainedParameter, of "bias"
+    .base       the original, frozen            .base       the module that owns the original
+    .trained    its copy                        .trained    the copy, which stands in its place
+
+The copy is trained, saved, and left behind by `fuse`; `eject` and `disabled` give the original back.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from .errors import TargetError
 from .frozen import thaw
 from .module import InjectedModule, bare_module, require_called
+from .torch_internals import own_parameters, put_parameter
+from .view import Substitution
 
 
 class TrainableHead(InjectedModule):
@@ -38,7 +42,6 @@ class TrainableHead(InjectedModule):
 
     kind = "trainable"
     trains_whole_module = True
-    innermost = False
 
     def __init__(self, base: nn.Module) -> None:
         require_called(base)
@@ -78,4 +81,68 @@ class TrainableHead(InjectedModule):
         """Start the copy from the original that a bare checkpoint brings."""
         value = bare.get(name.removeprefix("trained."))
         # A copy, because load_state_dict(assign=True) would have both share the memory of one tensor.
+        return tensor if value is None else value.detach().clone()
+
+
+class TrainedParameter(Substitution):
+    """A trainable copy of one parameter, in its place: a bias, a norm, an embedding of positions.
+
+    Args:
+        base: the module that owns the parameter, or wrappers around it.
+        parameter: its name in the module.
+
+    Raises:
+        TargetError: when the parameter is no floating-point tensor, or cannot be substituted.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        >>> model = minilora.inject(model, "0", trainable=["1.bias"])
+        >>> [name for name in minilora.adapter_state_dict(model) if "lora" not in name]
+        ['1.bias']
+    """
+
+    kind = "trainable"
+    position = 1
+
+    trained: nn.Parameter
+
+    def __init__(self, base: nn.Module, parameter: str) -> None:
+        super().__init__(base, parameter)
+        original = own_parameters(bare_module(base))[parameter]
+        if original is None or not original.is_floating_point():
+            raise TargetError(f"trainable names {parameter!r}, which is no floating-point parameter")
+        # Registering would find the copy of a wrapper further in, and take it for its own.
+        put_parameter(self, "trained", nn.Parameter(original.detach().clone()))
+
+    def placed_at(self, site: str) -> str:
+        """Return the parameter's own name."""
+        return f"{site}.{self.parameter}"
+
+    def value(self) -> Tensor:
+        """Return the copy."""
+        return self.trained
+
+    def substituted(self) -> Tensor:
+        """Return the copy."""
+        return self.trained
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the copy under the parameter's own name."""
+        return {self.parameter: self.trained}
+
+    def signed_weight(self) -> None:
+        """Return nothing: what is trained in full says nothing of the base."""
+
+    def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return the base with the copy as its parameter."""
+        put_parameter(bare_module(self), self.parameter, self.trained)
+        return self.base
+
+    def description(self) -> str:
+        """Return the kind in a few words."""
+        return f"trained in full ({self.parameter})"
+
+    def initial_value(self, name: str, tensor: Tensor, bare: dict[str, Tensor]) -> Tensor:
+        """Start the copy from the original that a bare checkpoint brings."""
+        value = bare.get(self.parameter)
         return tensor if value is None else value.detach().clone()

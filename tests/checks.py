@@ -107,7 +107,8 @@ def reference(bare: nn.Module, injected: nn.Module) -> nn.Module:
         delta = layer.config.scaling * (layer.lora_B.detach().double() @ layer.lora_A.detach().double())
         target = plain.get_submodule(site)
         delta = delta.T if type(target).__name__ == "Conv1D" else delta
-        target.weight = nn.Parameter((target.weight.detach().double() + delta).to(target.weight.dtype))
+        weight = getattr(target, layer.parameter).detach()
+        setattr(target, layer.parameter, nn.Parameter((weight.double() + delta).to(weight.dtype)))
     return plain
 
 

@@ -187,8 +187,8 @@ class Case:
 
 GRID = [
     Case("mlp", MLP, on_features, ("up", "down"), 3),
-    Case("encoder", encoder_layer, on_features, ("out_proj", "linear1", "linear2"), 3),
-    Case("mha", Attention, on_features, ("out_proj",), 1),
+    Case("encoder", encoder_layer, on_features, ("out_proj", "linear1", "linear2"), 4),
+    Case("mha", Attention, on_features, ("out_proj",), 2),
     Case("shared", Shared, on_features, ("first", "stack.0"), 2),
     Case("tied", Tied, on_ids, ("body", "head"), 2),
     Case("cnn", Convolutional, on_images, ("project",), 2),

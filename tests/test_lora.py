@@ -49,7 +49,7 @@ def formula(layer, x, dtype=None):
     """Return F.linear(x, W + s BA, b), reckoned in `dtype`."""
     dtype = dtype or torch.float64
     weight, bias = layer.base.weight, layer.base.bias
-    weight = weight.T if layer._transposed else weight
+    weight = weight.T if layer.layout.transposed else weight
     w_eff = weight.to(dtype) + layer.config.scaling * (layer.lora_B.to(dtype) @ layer.lora_A.to(dtype))
     return F.linear(x.to(dtype), w_eff, None if bias is None else bias.to(dtype))
 
@@ -157,7 +157,7 @@ def test_weight_is_what_outside_code_may_compute_with(make, dtype):
     x = torch.randn(5, 24).to(dtype)
     weight = layer.weight
     assert (weight.shape, weight.dtype) == (layer.base.weight.shape, dtype)
-    outside = F.linear(x, weight.T if layer._transposed else weight, layer.bias)
+    outside = F.linear(x, weight.T if layer.layout.transposed else weight, layer.bias)
     assert distance(outside, formula(layer, x)) < TOLERANCE[dtype]
     before = raw(weight)
     layer.merge()
@@ -310,7 +310,7 @@ def test_forward_mode(make, shape):
         return torch.func.functional_call(layer, pair, x)
 
     def plain(x, pair):
-        weight = layer.base.weight.T if layer._transposed else layer.base.weight
+        weight = layer.base.weight.T if layer.layout.transposed else layer.base.weight
         return F.linear(x, weight + layer.scaling * pair["lora_B"] @ pair["lora_A"], layer.bias)
 
     for primal, tangent in (((x, pair), (dx, along)), ((x, pair), (torch.zeros_like(x), along))):

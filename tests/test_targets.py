@@ -105,7 +105,7 @@ def test_every_problem_comes_at_once_with_what_there_is_to_choose_from():
         "exclude: 'kay' matches no module",
         r"targets: 'valeu' matches no module; nearest: 'value' \(x2\)",
         r"targets: re\.compile\('value'\) matches no module in full",
-        r"'layer\.\*\.attention\.output\.norm' \(x2\): LayerNorm is not a linear layer",
+        r"'layer\.\*\.attention\.output\.norm' \(x2\): 'weight' has the shape \(4,\), and LoRA needs",
         r"    layer\.\*\.attention\.self\.query     Linear 4 -> 4  x2\n",
     ):
         assert re.search(problem, message), problem

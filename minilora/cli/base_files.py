@@ -1,262 +1,171 @@
-"""`BaseFiles`: the safetensors files of a base model in a folder, read tensor by tensor, without the model.
-
-A file knows a weight by a name that may differ from the model's by a prefix: a checkpoint of `BertModel` has
-"encoder...", one of `BertForSequenceClassification` "bert.encoder...", and transformers loads either into
-either. The one prefix that fits all sites of an adapter is found here. Some architectures transformers saves
-under older names altogether; there the adapter's fingerprint tells which weight is which.
-"""
+"""`BaseFiles`: the safetensors files of a base model, read tensor by tensor, without the model."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..config import LoRAConfig
-from ..errors import CheckpointError, listed, quoted, several
-from ..files.contents import Contents
-from ..files.fingerprint import Comparison, Fingerprint, Signature, compare
+from ..errors import CheckpointError, listed, quoted
+from ..files.fingerprint import Fingerprint, Signature
+from ..files.formats import native, peft
 from ..files.tensors import DTYPE_NAMES, FLOAT_DTYPES, opened, read_json
-from ..names import described
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+SUFFIX = ".safetensors"
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-class Described(NamedTuple):
+@dataclass(frozen=True)
+class Stored:
     """What a file says of a tensor without its values being read."""
 
     file: str
-    dtype: str
+    dtype_name: str
     """As safetensors names it."""
     shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """As torch names it; None for a dtype that is not read here."""
+        return TORCH_DTYPES.get(self.dtype_name)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is of a dtype for weights."""
+        return self.dtype in FLOAT_DTYPES.values()
 
 
 @dataclass(frozen=True)
 class BaseFiles:
     """Where each tensor of a base model is stored."""
 
+    path: Path
+    """As it was given: of a folder, or of the one file."""
     folder: Path
-    tensors: Mapping[str, Described]
+    tensors: Mapping[str, Stored]
+    left_out: Mapping[str, str]
+    """What a header says was left out for a stored name, as `safetensors.torch.save_model` has it say."""
     index: Mapping[str, Any] | None
     """The JSON of the index file; None where there is one file only."""
     config: Mapping[str, Any]
     """The JSON of config.json; empty where there is none."""
 
     @classmethod
-    def open(cls, folder: Path) -> BaseFiles:
-        """Return the description of a folder's safetensors files, from their headers alone.
+    def open(cls, path: Path) -> BaseFiles:
+        """Return the description of a folder's safetensors files, or of one file, from the headers alone.
 
         Raises:
-            CheckpointError: when there are none, or they are not sound, or not those that the index names.
+            CheckpointError: when there are none, or they are not sound, or not those that the index names,
+                or hold an adapter.
             OSError: when they cannot be read.
         """
-        index: Any = None
-        if (folder / INDEX_FILE).exists():
-            index = read_json(folder / INDEX_FILE)
-            if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-                raise CheckpointError(f"{str(folder / INDEX_FILE)!r} has no weight_map")
-            names = sorted({str(name) for name in index["weight_map"].values()})
-            if outside := [name for name in names if Path(name).name != name]:
-                raise CheckpointError(
-                    f"{str(folder / INDEX_FILE)!r} names files elsewhere: {quoted(outside)}"
-                )
+        path.stat()  # FileNotFoundError where there is nothing at all
+        folder = path if path.is_dir() else path.parent
+        index = _read_index(folder / INDEX_FILE) if path.is_dir() else None
+        if not path.is_dir():
+            names = [path.name]
+        elif index is not None:
+            names = sorted(set(index["weight_map"].values()))
         elif (folder / SINGLE_FILE).exists():
             names = [SINGLE_FILE]
         else:
-            present = sorted(file.name for file in folder.iterdir())
-            raise CheckpointError(
-                f"{str(folder)!r} has neither {SINGLE_FILE!r} nor {INDEX_FILE!r}, but {listed(present)}. A "
-                "base of another format can be saved as safetensors: model.save_pretrained(folder)"
-            )
-        tensors: dict[str, Described] = {}
+            raise CheckpointError(_no_base(folder))
+        tensors: dict[str, Stored] = {}
+        left_out: dict[str, str] = {}
         for file_name in names:
             with opened(folder / file_name) as file:
+                metadata = file.metadata() or {}
+                if native.METADATA_KEY in metadata:
+                    raise CheckpointError(f"{str(folder / file_name)!r} is an adapter, and no base model")
                 for name in file.keys():  # noqa: SIM118  a file, not a dictionary
                     view = file.get_slice(name)
-                    tensors[name] = Described(file_name, view.get_dtype(), tuple(view.get_shape()))
+                    tensors[name] = Stored(file_name, view.get_dtype(), tuple(view.get_shape()))
+            left_out |= {other: name for other, name in metadata.items() if name in tensors}
         if index is not None:
-            placed = {name: stored.file for name, stored in tensors.items()}
-            if wrong := sorted(set(placed.items()) ^ set(index["weight_map"].items())):
-                names = sorted({name for name, _ in wrong})
-                raise CheckpointError(
-                    f"{str(folder / INDEX_FILE)!r} and the files disagree on {quoted(names)}"
-                )
-        config: Any = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
-        return cls(folder, tensors, index, config if isinstance(config, dict) else {})
+            _require_agreement(folder / INDEX_FILE, index, tensors)
+        config: Any = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+        return cls(path, folder, tensors, left_out, index, config if isinstance(config, dict) else {})
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor, on the CPU.
+    def files(self) -> dict[str, list[str]]:
+        """Return the names of the tensors in each file."""
+        return _by_file(self.tensors, self.tensors)
+
+    def values(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors with their names, one at a time, each file opened once.
 
         Raises:
-            CheckpointError: when the file is not sound.
+            CheckpointError: when a file is not sound.
             OSError: when it cannot be read.
         """
-        with opened(self.folder / self.tensors[name].file) as file:
-            return file.get_tensor(name)
+        for file_name, inside in _by_file(names, self.tensors).items():
+            with opened(self.folder / file_name) as file:
+                for name in inside:
+                    yield name, file.get_tensor(name)
 
-    def fingerprint(self, weights: Mapping[str, str], transposed: Iterable[str]) -> Fingerprint:
+    def signatures(self, names: Iterable[str]) -> Iterator[tuple[str, Signature]]:
+        """Yield the signatures of those tensors that are weights, with their names."""
+        for name, tensor in self.values(name for name in names if self.tensors[name].is_float):
+            yield name, Signature.of(tensor)
+
+    def fingerprint(self, weights: Mapping[str, str], transposed: frozenset[str]) -> Fingerprint:
         """Return the fingerprint of weights, given by site as names in the files."""
-        signatures = {
-            site: Signature.of(self.tensor(name))
-            for site, name in weights.items()
-            if TORCH_DTYPES.get(self.tensors[name].dtype) in FLOAT_DTYPES.values()
-        }
-        unchecked = {
-            site: "quantised, or otherwise no plain weight" for site in weights if site not in signatures
-        }
-        return Fingerprint(signatures, unchecked, frozenset(transposed))
+        found = dict(self.signatures(set(weights.values())))
+        return Fingerprint(
+            {site: found[name] for site, name in weights.items() if name in found},
+            {
+                site: "quantised, or otherwise no plain weight"
+                for site, name in weights.items()
+                if name not in found
+            },
+            transposed,
+        )
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How an adapter lies on a base's files."""
-
-    weights: Mapping[str, str]
-    """The name in the files of the weight at each site; LoRA sites all have one."""
-    heads: Mapping[str, str]
-    """The name in the files of each tensor that was trained in full, whether it is there already or not."""
-    transposed: frozenset[str]
-    """LoRA sites whose weight is stored as (in, out)."""
-    comparison: Comparison
-    """How the base relates to the one that the adapter was trained on."""
+def _by_file(names: Iterable[str], tensors: Mapping[str, Stored]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(tensors[name].file, []).append(name)
+    return files
 
 
-def fit(contents: Contents, base: BaseFiles) -> Fit:
-    """Return how an adapter lies on a base's files.
-
-    Raises:
-        CheckpointError: listing every site that has no weight there, or one of another shape.
-    """
-    loras = [site for config, sites in contents.manifest.injections for site in sites if _is_lora(config)]
-    others = [
-        site for config, sites in contents.manifest.injections for site in sites if not _is_lora(config)
-    ]
-    named = loras or _with_weight(others, base)
-    add, cut, problems = _prefix(named, base)
-    renamed = problems and _by_value(named, contents.base or Fingerprint(), base)
-    if renamed:
-        weights, problems = renamed, []
-    else:
-        weights = {site: f"{add}{site.removeprefix(cut)}.weight" for site in (*loras, *others)}
-        weights = {site: name for site, name in weights.items() if name in base.tensors}
-    transposed: set[str] = set()
-    for site in loras:
-        if site in weights:
-            shape = base.tensors[weights[site]].shape
-            layout = _layout(site, shape, contents)
-            transposed |= {site} if layout is True else set()
-            problems += [layout] if isinstance(layout, str) else []
-    heads, more = _heads(contents, base, add, cut)
-    if renamed:
-        more += [
-            f"{key!r} was trained in full, and the base, which has names of its own, has none like it"
-            for key, name in heads.items()
-            if name not in base.tensors and any(site.split(".")[0] == key.split(".")[0] for site in weights)
-        ]
-    if problems := problems + more:
-        raise CheckpointError(several(problems, outcome=f"the adapter does not fit {str(base.folder)!r}"))
-    recorded = contents.base or Fingerprint()
-    known = {site: name for site, name in weights.items() if site in recorded.signatures}
-    comparison = compare(recorded, base.fingerprint(known, transposed))
-    return Fit(weights, heads, frozenset(transposed), comparison)
+def _read_index(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(index, dict) or not isinstance(weight_map, dict):
+        raise CheckpointError(f"{str(path)!r} has no weight_map")
+    # A name that leads elsewhere could have any file read, and written in its place.
+    if outside := sorted({str(name) for name in weight_map.values() if not _is_file_name(name)}):
+        raise CheckpointError(f"{str(path)!r} names files elsewhere: {quoted(outside)}")
+    return index
 
 
-def _is_lora(config: object) -> bool:
-    return isinstance(config, LoRAConfig)
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
-def _with_weight(sites: Iterable[str], base: BaseFiles) -> list[str]:
-    """Return the sites that some weight in the files may belong to: a dropout has none."""
-    return [site for site in sites if any(f".{name}".endswith(f".{site}.weight") for name in base.tensors)]
+def _require_agreement(path: Path, index: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
+    placed = {name: stored.file for name, stored in tensors.items()}
+    if wrong := sorted({name for name, _ in placed.items() ^ index["weight_map"].items()}):
+        raise CheckpointError(f"{str(path)!r} and the files disagree on {quoted(wrong)}")
 
 
-def _prefix(sites: list[str], base: BaseFiles) -> tuple[str, str, list[str]]:
-    """Return what to add in front of every site's name, what to cut there, and problems."""
-
-    def missing(add: str, cut: str) -> list[str]:
-        return [
-            site
-            for site in sites
-            if not site.startswith(cut) or f"{add}{site.removeprefix(cut)}.weight" not in base.tensors
-        ]
-
-    if not sites or not (absent := missing("", "")):
-        return "", "", []
-    first = f"{sites[0]}.weight"
-    candidates = [(name.removesuffix(first), "") for name in base.tensors if name.endswith("." + first)]
-    parts = sites[0].split(".")
-    candidates += [("", ".".join(parts[:i]) + ".") for i in range(1, len(parts))]
-    fitting = [(add, cut) for add, cut in candidates if not missing(add, cut)]
-    if len(fitting) == 1:
-        return *fitting[0], []
-    if fitting:
-        return "", "", [f"its names fit the base's in {len(fitting)} ways, with prefixes {fitting!r:.200}"]
-    near = difflib.get_close_matches(f"{absent[0]}.weight", base.tensors, n=1)
-    hint = f"; nearest: {near[0]!r}" if near else ""
-    tied = (
-        ". A weight that is tied to another, as an output layer to the embedding, is stored under one of its "
-        "names only, and cannot be fused without untying them first"
-    )
-    return "", "", [f"{described(absent)}: the base has no weight of that name{hint}{tied}"]
-
-
-def _by_value(sites: list[str], recorded: Fingerprint, base: BaseFiles) -> dict[str, str]:
-    """Return the name in the files of each site's weight, told by its values; empty unless all are clear."""
-    found: dict[str, str] = {}
-    for name, stored in base.tensors.items():
-        alike = [
-            s for s in sites if s in recorded.signatures and recorded.signatures[s].shape == stored.shape
-        ]
-        if alike and TORCH_DTYPES.get(stored.dtype) in FLOAT_DTYPES.values():
-            signature = Signature.of(base.tensor(name))
-            for site in alike:
-                if recorded.signatures[site].difference(signature) == 0:
-                    if site in found:
-                        return {}  # two weights of the same values
-                    found[site] = name
-    return found if len(found) == len(set(found.values())) == len(sites) else {}
-
-
-def _layout(site: str, shape: tuple[int, ...], contents: Contents) -> bool | str:
-    """Return whether a weight is stored as (in, out), or what is wrong with it."""
-    A, B = contents.tensors.get(f"{site}.lora_A"), contents.tensors.get(f"{site}.lora_B")
-    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        return f"{site!r}: the file has no A and B of one rank for it"
-    needed = (B.shape[0], A.shape[1])
-    if shape not in (needed, needed[::-1]):
-        return f"{site!r}: the base's weight is {shape}, the adapter's update {needed}"
-    if needed[0] != needed[1]:
-        return shape != needed
-    if contents.base is None:
-        return f"{site!r}: the weight is square, and the file does not tell whether it is stored transposed"
-    return site in contents.base.transposed
-
-
-def _heads(contents: Contents, base: BaseFiles, add: str, cut: str) -> tuple[dict[str, str], list[str]]:
-    """Return the files' names of the tensors trained in full, and problems."""
-    heads: dict[str, str] = {}
-    problems = []
-    for module in contents.manifest.trainable:
-        for key in (key for key in contents.tensors if key.startswith(module + ".")):
-            if cut and not key.startswith(cut):
-                problems.append(
-                    f"{key!r} was trained in full and lies outside {cut[:-1]!r}, which is all that this base "
-                    "holds. Save the base from the class that was trained: "
-                    "Auto...From...from_pretrained(base).save_pretrained(folder)"
-                )
-            elif add and f"{add}{key}" not in base.tensors:
-                problems.append(f"{key!r} was trained in full, and the base has no {add + key!r}")
-            heads[key] = f"{add}{key.removeprefix(cut)}"
-    for key, name in heads.items():
-        if name in base.tensors and base.tensors[name].shape != tuple(contents.tensors[key].shape):
-            shapes = f"{base.tensors[name].shape}, the adapter's {tuple(contents.tensors[key].shape)}"
-            problems.append(f"{key!r}: the base's is {shapes}")
-    return heads, problems
+def _no_base(folder: Path) -> str:
+    """Return what a folder without a base in it is, and what may have been meant."""
+    present = sorted(file.name for file in folder.iterdir())
+    if peft.CONFIG_FILE in present:
+        return f"{str(folder)!r} is a PEFT adapter's folder, and no base model"
+    message = f"{str(folder)!r} has neither {SINGLE_FILE!r} nor {INDEX_FILE!r}"
+    if single := [name for name in present if name.endswith(SUFFIX)]:
+        return f"{message}, but {quoted(single)}: give the file itself, as --base {str(folder / single[0])!r}"
+    holds = f", but {listed(present)}" if present else "; it is empty"
+    return f"{message}{holds}. Save the base as safetensors: model.save_pretrained(folder)"

@@ -1,15 +1,9 @@
-"""The command line: look at adapter files, compare, check, convert and fuse them. No model is built.
-
-Results go to stdout, messages and progress to stderr. Exit codes: 0, done or yes; 1, the answer is no (what
-is verified does not fit, what is compared differs); 2, an error; 130, interrupted.
-"""
+"""The command line's commands: results go to stdout, messages and progress to stderr."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, MiniLoRAError
@@ -17,146 +11,141 @@ from ..files.contents import Contents
 from ..files.formats import native, peft
 from ..files.loading import read
 from ..files.tensors import FLOAT_DTYPES
-from .base_files import BaseFiles, fit
-from .describe import described, differences, table
+from . import terminal
+from .arguments import Exit, parser
+from .base_files import INDEX_FILE, SINGLE_FILE, BaseFiles
+from .describe import described, table
+from .differences import Differences
 from .fuse_files import fuse_files
-
-NO = 1
-ERROR = 2
-INTERRUPTED = 130
+from .inventory import Inventory
+from .verify_files import verify_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    """Run one command and return its exit code, one of `arguments.Exit`.
+
+    Raises:
+        SystemExit: after `--help`, `--version`, and a command line that is not understood.
+    """
     try:
-        code: int = arguments.run(arguments)
+        code = _run(argv)
+        terminal.flush()
+        return code
+    except BrokenPipeError:
+        return Exit.CLOSED
     except (MiniLoRAError, OSError) as error:
-        _say(f"error: {error}")
-        return ERROR
+        terminal.say(f"error: {_told(error)}")
+        return Exit.ERROR
     except KeyboardInterrupt:
-        _say("interrupted; nothing has been written")
-        return INTERRUPTED
-    return code
+        terminal.say("interrupted; nothing has been written")
+        return Exit.INTERRUPTED
+    finally:
+        terminal.settle()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minilora", description="Look at adapter files, compare, check, convert and fuse them."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    command = commands.add_parser("inspect", help="show what a file holds")
-    command.add_argument("file", type=Path, help="a minilora file or a PEFT folder")
-    command.add_argument("--json", action="store_true", help="for programs: every site, shape and number")
-    command.set_defaults(run=_inspect)
-
-    command = commands.add_parser("verify", help="check that a file is whole and belongs to a base")
-    command.add_argument("file", type=Path, help="a minilora file or a PEFT folder")
-    command.add_argument("--base", type=Path, required=True, help="a folder with a model's safetensors files")
-    command.set_defaults(run=_verify)
-
-    command = commands.add_parser("convert", help="write a file anew in another format")
-    command.add_argument("source", type=Path, metavar="IN", help="a minilora file or a PEFT folder")
-    command.add_argument("target", type=Path, metavar="OUT", help="which does not exist yet")
-    command.add_argument("--to", choices=("peft", "minilora"), required=True)
-    command.set_defaults(run=_convert)
-
-    command = commands.add_parser("fuse", help="write a base with an adapter in its weights, shard by shard")
-    command.add_argument("--base", type=Path, required=True, help="a folder with a model's safetensors files")
-    command.add_argument("--adapter", type=Path, required=True, help="a minilora file or a PEFT folder")
-    command.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
-    command.add_argument("--dtype", choices=sorted(FLOAT_DTYPES), help="of the result (default: the base's)")
-    command.add_argument("--no-check-base", action="store_true", help="fuse into another base than its own")
-    command.set_defaults(run=_fuse)
-
-    command = commands.add_parser("diff", help="show in what two files differ")
-    command.add_argument("a", type=Path, metavar="A")
-    command.add_argument("b", type=Path, metavar="B")
-    command.set_defaults(run=_diff)
-    return parser
+def _run(argv: Sequence[str] | None) -> Exit:
+    arguments = parser().parse_args(argv)
+    if arguments.command is None:
+        parser().print_help()
+        return Exit.DONE
+    return COMMANDS[arguments.command](arguments)
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
-    contents = read(arguments.file)
-    _tell(contents)
-    size = _size(arguments.file)
+def _inspect(arguments: argparse.Namespace) -> Exit:
+    contents = _read(arguments.file)
+    format, size = _format(arguments.file), _size(arguments.file)
     if arguments.json:
-        summary = {"path": str(arguments.file), "format": _format(arguments.file), "bytes": size}
-        print(json.dumps({**summary, **described(contents)}, indent=2))
+        path = str(arguments.file)
+        terminal.show_json({"path": path, "format": format, "bytes": size, **described(contents)})
     else:
         parameters = sum(tensor.numel() for tensor in contents.tensors.values())
-        print(f"{arguments.file}: {_format(arguments.file)}, {parameters:,} parameters, {size:,} bytes")
+        name = terminal.plain(str(arguments.file))
+        terminal.show(f"{name}: {format}, {parameters:,} parameters, {size:,} bytes")
         for line in table(contents):
-            print(line)
-    return NO if contents.damage else 0
+            terminal.show(line)
+    return Exit.NO if contents.damage or Inventory.of(contents).problems() else Exit.DONE
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    contents = read(arguments.file)
-    _tell(contents)
-    base = BaseFiles.open(arguments.base)
-    if contents.damage:
-        print(f"no: {contents.damage}")
-        return NO
-    try:
-        comparison = fit(contents, base).comparison
-    except CheckpointError as error:
-        print(f"no: {error}")
-        return NO
-    print(f"{'no' if comparison.different else 'yes'}: {comparison}")
-    return NO if comparison.different else 0
+def _verify(arguments: argparse.Namespace) -> Exit:
+    verdict = verify_files(_read(arguments.file), BaseFiles.open(arguments.base))
+    if arguments.json:
+        terminal.show_json(verdict.to_dict())
+    else:
+        terminal.show(f"{verdict.answer}: {verdict.reason}")
+    return {"yes": Exit.DONE, "no": Exit.NO, "not checked": Exit.UNCHECKED}[verdict.answer]
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+def _diff(arguments: argparse.Namespace) -> Exit:
+    differences = Differences.between(_read_whole(arguments.a), _read_whole(arguments.b))
+    if arguments.json:
+        terminal.show_json(differences.to_dict())
+    else:
+        for line in differences.lines() if differences else ["the same"]:
+            terminal.show(line)
+    return Exit.NO if differences else Exit.DONE
+
+
+def _convert(arguments: argparse.Namespace) -> Exit:
+    contents = _read_whole(arguments.source)
     if _format(arguments.source) == arguments.to:
         raise CheckpointError(f"{str(arguments.source)!r} is in {arguments.to}'s format already")
     if arguments.target.exists():
-        raise CheckpointError(f"{str(arguments.target)!r} exists already; choose another name")
-    contents = _whole(arguments.source)
+        raise CheckpointError(
+            f"{str(arguments.target)!r} exists already; choose another name, or remove it first"
+        )
     if arguments.to == "minilora":
         native.write(arguments.target, contents)
-        return 0
+        return Exit.DONE
     peft.write(arguments.target, contents)
     if contents.manifest.trainable:
-        _say(
+        terminal.say(
             "note: PEFT takes any module whose name ends with one of "
             f"{list(contents.manifest.trainable)} for a trained one; "
             'minilora.save(model, path, format="peft") knows the model and allows for that'
         )
-    return 0
+    return Exit.DONE
 
 
-def _fuse(arguments: argparse.Namespace) -> int:
+def _fuse(arguments: argparse.Namespace) -> Exit:
     fuse_files(
-        arguments.base,
-        _whole(arguments.adapter),
+        BaseFiles.open(arguments.base),
+        _read_whole(arguments.adapter),
         arguments.out,
         dtype=FLOAT_DTYPES[arguments.dtype] if arguments.dtype else None,
         check_base=not arguments.no_check_base,
-        say=_say,
+        say=terminal.say,
     )
-    return 0
+    return Exit.DONE
 
 
-def _diff(arguments: argparse.Namespace) -> int:
-    lines = list(differences(_whole(arguments.a), _whole(arguments.b)))
-    for line in lines or ["the same"]:
-        print(line)
-    return NO if lines else 0
+COMMANDS: dict[str, Callable[[argparse.Namespace], Exit]] = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "diff": _diff,
+    "convert": _convert,
+    "fuse": _fuse,
+}
 
 
-def _whole(path: Path) -> Contents:
+def _read(path: Path) -> Contents:
+    """Return what an adapter file holds, and tell what its format has to tell."""
+    if path.is_dir() and not (path / peft.CONFIG_FILE).exists():
+        if any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+            raise CheckpointError(
+                f"{str(path)!r} is a base model's folder, and no adapter's: a base is given with --base"
+            )
     contents = read(path)
-    if contents.damage:
-        raise CheckpointError(f"{str(path)!r}: {contents.damage}")
-    _tell(contents)
+    for note in contents.notes:
+        terminal.say(f"note: {note}")
     return contents
 
 
-def _tell(contents: Contents) -> None:
-    for note in contents.notes:
-        _say(f"note: {note}")
+def _read_whole(path: Path) -> Contents:
+    """Return what an adapter file holds, or raise where it is damaged."""
+    contents = _read(path)
+    if contents.damage:
+        raise CheckpointError(f"{str(path)!r} is damaged: {contents.damage}; take another copy of it")
+    return contents
 
 
 def _format(path: Path) -> str:
@@ -169,5 +158,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _say(line: str) -> None:
-    print(f"minilora: {line}", file=sys.stderr, flush=True)
+def _told(error: Exception) -> str:
+    """Return an error as a sentence."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"there is no file or folder {str(error.filename)!r}"
+    return str(error)

@@ -10,21 +10,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import LoRAConfig
 from ..errors import CheckpointError, quoted, several
 from ..files.atomic import new_folder, write_whole
 from ..files.contents import Contents
-from ..files.tensors import FLOAT_DTYPES, Entry, opened, write_tensors
-from ..functional import effective_weight
-from ..names import described
-from .base_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, TORCH_DTYPES, BaseFiles, Fit, fit
+from ..files.tensors import Entry, is_finite, opened, write_tensors
+from ..plan import WRAPPERS, Problems
+from .base_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, SUFFIX, BaseFiles
+from .inventory import KINDS, Inventory
+from .placement import Placement, place
+from .ties import find_ties
 
 # Other copies of the weights, which would contradict the fused ones.
 WEIGHT_SUFFIXES = {
@@ -41,8 +43,75 @@ WEIGHT_SUFFIXES = {
 }
 
 
+@dataclass(frozen=True)
+class Fusion:
+    """What each tensor of the result is made of."""
+
+    base: BaseFiles
+    contents: Contents
+    placement: Placement
+    dtype: torch.dtype | None
+    """Of all floating-point tensors in the result; None keeps each tensor's own."""
+
+    def files(self) -> dict[str, list[str]]:
+        """Return the names of the tensors in each file of the result: those of the base, and new heads."""
+        files, only = self.base.files(), SINGLE_FILE if self.base.path.is_dir() else self.base.path.name
+        files.setdefault(next(reversed(files), only), []).extend(self.added())
+        return files
+
+    def added(self) -> list[str]:
+        """Return the names of trained tensors that the base does not have."""
+        return sorted(name for name in self.placement.heads.values() if name not in self.base.tensors)
+
+    def entries(self, names: list[str], stored_values: Callable[[str], Tensor]) -> dict[str, Entry]:
+        """Return how the tensors of one file are made, given what reads those of the base's file."""
+        entries: dict[str, Entry] = {}
+        for name in names:
+            read: Callable[[], Tensor]
+            if name in self._heads:
+                own, shape = self._heads[name].dtype, tuple(self._heads[name].shape)
+                read = partial(self._heads.__getitem__, name)
+            else:
+                stored = self.base.tensors[name]
+                assert stored.dtype is not None  # `_unfusable` refuses what cannot be copied
+                own, shape = stored.dtype, stored.shape
+                read = partial(stored_values, name)
+            to = self.dtype if self.dtype is not None and own.is_floating_point else own
+            entries[name] = Entry(to, shape, partial(self._made, name, read, to))
+        return entries
+
+    @cached_property
+    def _heads(self) -> dict[str, Tensor]:
+        """What was trained in full, by the names in the files."""
+        return {name: self.contents.tensors[key] for key, name in self.placement.heads.items()}
+
+    @cached_property
+    def _sites(self) -> dict[str, str]:
+        """The LoRA sites, by the names in the files of their weights."""
+        return {self.placement.weights[site]: site for site in self.placement.updates}
+
+    def _made(self, name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the result, rounded once.
+
+        Raises:
+            CheckpointError: when that makes values infinite that were finite.
+        """
+        tensor, site = read(), self._sites.get(name)
+        if site is None:
+            made = tensor.to(dtype)
+        else:
+            transposed = site in self.placement.transposed
+            made = self.placement.updates[site].added_to(tensor, transposed=transposed, dtype=dtype)
+        if not is_finite(made) and (lost := int((torch.isfinite(tensor) & ~torch.isfinite(made)).sum())):
+            raise CheckpointError(
+                f"{name!r}: {lost} of {made.numel()} values are too large for {_short(dtype)}; nothing has "
+                "been written. Give another --dtype: bfloat16 and float32 reach up to 3e38"
+            )
+        return made
+
+
 def fuse_files(
-    base_folder: Path,
+    base: BaseFiles,
     contents: Contents,
     out: Path,
     *,
@@ -50,138 +119,110 @@ def fuse_files(
     check_base: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write the base with the adapter in its weights to a new folder, whole or not at all.
+    """Write the base with the adapter in its weights, whole or not at all.
 
     Args:
-        base_folder: with the base's safetensors files, its config and what else belongs to it.
+        base: a folder's files, or one file.
         contents: of an adapter file; LoRA and modules trained in full.
-        out: a folder that does not exist, or is empty.
+        out: a folder that does not exist or is empty, to hold what the base's holds; a file that does not
+            exist where the base is one file.
         dtype: of all floating-point tensors in the result; None keeps each tensor's own.
         check_base: refuse a base other than the one that the adapter was trained on.
         say: told a line about each step.
 
     Raises:
-        CheckpointError: listing everything in which the adapter does not fit the base, or cannot be fused.
+        CheckpointError: listing everything in which the adapter does not fit the base, or cannot be fused;
+            or, once it writes, for the first tensor that the dtype cannot hold.
         OSError: when a file cannot be read or written.
     """
-    if adapters := [
-        s for config, sites in contents.manifest.injections for s in sites if config.kind == "adapter"
-    ]:
-        raise CheckpointError(
-            f"{described(adapters)}: a bottleneck adapter is not linear; no weight can take it in"
+    _require_place(out, base)
+    if problems := list(_unfusable(contents, base)):
+        raise CheckpointError(several(problems, outcome="nothing has been written"))
+    placement = place(contents, base)
+    problems = _without_a_weight_of_their_own(placement, base)
+    if check_base and placement.comparison.different:
+        problems.append(
+            f"this is not the base that the adapter was trained on: {placement.comparison}. Give that one, "
+            "or --no-check-base"
         )
-    base = BaseFiles.open(base_folder)
-    placed = fit(contents, base)
-    problems = [*_unfusable(placed, contents, base)]
-    if check_base and placed.comparison.different:
-        problems.append(f"this is not the base that the adapter was trained on: {placed.comparison}")
     if problems:
         raise CheckpointError(several(problems, outcome="nothing has been written"))
-    say(f"base: {placed.comparison}")
-    shards = _shards(base, contents, placed, dtype)
-    with new_folder(out) as folder:
-        for number, (file_name, entries) in enumerate(shards.items(), start=1):
-            say(f"[{number}/{len(shards)}] {file_name}: {len(entries)} tensors")
-            with opened(base.folder / file_name) as source:
-                metadata = {"format": "pt", **(source.metadata() or {})}
-            write_tensors(folder / file_name, entries, metadata)
-        if base.index is not None:
-            _write_json(folder / INDEX_FILE, _new_index(base.index, shards))
-        _carry_along(base, folder, dtype, say)
-    added = [name for name in placed.heads.values() if name not in base.tensors]
-    if added:
-        say(f"new in this checkpoint: {quoted(sorted(added))}; config.json is as it was, so mind num_labels")
+    say(f"base: {placement.comparison}")
+    fusion = Fusion(base, contents, placement, dtype)
+    if base.path.is_dir():
+        with new_folder(out) as folder:
+            _write_files(fusion, {name: folder / name for name in fusion.files()}, say)
+            _carry_along(base, folder, dtype, say)
+    else:
+        _write_files(fusion, {base.path.name: out}, say)
+    if added := fusion.added():
+        say(f"new in this checkpoint: {quoted(added)}; config.json is as it was, so mind num_labels")
 
 
-def _unfusable(placed: Fit, contents: Contents, base: BaseFiles) -> list[str]:
-    """Return why weights that are there cannot take an update."""
-    problems = []
-    loras = [
-        s for config, sites in contents.manifest.injections for s in sites if isinstance(config, LoRAConfig)
-    ]
-    for site in loras:
-        name = placed.weights[site]
-        if TORCH_DTYPES.get(base.tensors[name].dtype) not in FLOAT_DTYPES.values():
-            problems.append(f"{site!r}: the base's weight is {base.tensors[name].dtype}, quantised")
-        elif (other := _tied_to(name, base)) is not None:
-            problems.append(
-                f"{site!r}: its weight is tied to {other}, so the update would reach both, or be lost when "
-                "the result is loaded and tied again; set tie_word_embeddings to false and store both first"
+def _require_place(out: Path, base: BaseFiles) -> None:
+    """Raise where the result cannot get its name, before hours of work rather than after."""
+    if base.path.is_dir():
+        if out.suffix == SUFFIX:
+            raise CheckpointError(
+                f"{str(base.path)!r} is a folder, and so is the result: give --out a folder's name, or "
+                f"--base a file, to get one file {out.name!r}"
             )
-    return problems
+        if out.resolve().is_relative_to(base.folder.resolve()):
+            raise CheckpointError(f"{str(out)!r} lies inside the base's own folder; choose another place")
+    elif out.suffix != SUFFIX:
+        raise CheckpointError(
+            f"{str(base.path)!r} is a file, and so is the result: give --out a name that ends with {SUFFIX}, "
+            "or --base a folder, to carry config and tokenizer along"
+        )
+    elif out.exists():
+        raise CheckpointError(f"{str(out)!r} exists already; choose another name, or remove it first")
 
 
-def _is_embedding(name: str) -> bool:
-    """Return whether the weight of an embedding may have this name."""
-    return any("emb" in part or part in ("wte", "shared") for part in name.split("."))
+def _unfusable(contents: Contents, base: BaseFiles) -> list[str]:
+    """Return what can be told without looking at the base's weights."""
+    problems = Problems()
+    for config, sites in contents.manifest.injections:
+        if not WRAPPERS[config.kind].mergeable:
+            for site in sites:
+                problems.add(site, f"a {KINDS[config.kind].title} is not linear; no weight can take it in")
+    lines = problems.lines() + Inventory.of(contents).problems()
+    if infinite := [key for key, tensor in contents.tensors.items() if not is_finite(tensor)]:
+        lines.append(f"{quoted(infinite)} of the adapter: not finite, so W + scaling B A is not either")
+    if unknown := [name for name, stored in base.tensors.items() if stored.dtype is None]:
+        kinds = sorted({base.tensors[name].dtype_name for name in unknown})
+        lines.append(f"{quoted(unknown)} of the base: of {quoted(kinds)}, which cannot be copied")
+    return lines
 
 
-def _tied_to(name: str, base: BaseFiles) -> str | None:
-    """Return the embedding that an output layer's weight is tied to, or None."""
-    shape = base.tensors[name].shape
-    inner = base.config.get("text_config")
-    settings = {**base.config, **(inner if isinstance(inner, dict) else {})}
-    if _is_embedding(name):  # the weight of a linear layer, found by its values
-        return repr(name)
-    embeddings = [
-        other
-        for other, stored in base.tensors.items()
-        if other != name and stored.shape == shape and _is_embedding(other)
-    ]
-    weight: Tensor | None = None
-    for other in embeddings:
-        weight = base.tensor(name) if weight is None else weight
-        if torch.equal(weight, base.tensor(other)):
-            return repr(other)
-    if shape[:1] == (settings.get("vocab_size"),) and (not embeddings or settings.get("tie_word_embeddings")):
-        return "the embedding, by config.json or because that is not stored apart"
-    return None
+def _without_a_weight_of_their_own(placement: Placement, base: BaseFiles) -> list[str]:
+    """Return why weights that are there cannot take an update."""
+    problems = Problems()
+    ties = find_ties(placement, base)
+    for site in placement.updates:
+        stored = base.tensors[placement.weights[site]]
+        if not stored.is_float:
+            problems.add(site, f"the base's weight is {stored.dtype_name}, quantised")
+        elif site in ties:
+            problems.add(site, ties[site])
+    return problems.lines()
 
 
-def _shards(
-    base: BaseFiles, contents: Contents, placed: Fit, dtype: torch.dtype | None
-) -> dict[str, dict[str, Entry]]:
-    """Return the files to write, with the tensors in each."""
-    updates = {
-        placed.weights[site]: (site, config)
-        for config, sites in contents.manifest.injections
-        for site in sites
-        if isinstance(config, LoRAConfig)
-    }
-    heads = {name: contents.tensors[key] for key, name in placed.heads.items()}
-    shards: dict[str, dict[str, Entry]] = {}
-    for name, stored in base.tensors.items():
-        if stored.dtype not in TORCH_DTYPES:
-            raise CheckpointError(f"{name!r} of the base is {stored.dtype}, which cannot be copied")
-        own = heads[name].dtype if name in heads else TORCH_DTYPES[stored.dtype]
-        to = dtype if dtype is not None and own.is_floating_point else own
-        read: Callable[[], Tensor]
-        if name in heads:
-            read = partial(heads.__getitem__, name)
-        elif name in updates:
-            site, config = updates[name]
-            A, B = contents.tensors[f"{site}.lora_A"], contents.tensors[f"{site}.lora_B"]
-            read = partial(_fused, base, name, A, B, config.scaling, site in placed.transposed, to)
-        else:
-            read = partial(base.tensor, name)
-        shards.setdefault(stored.file, {})[name] = Entry(to, stored.shape, read)
-    last = shards[list(shards)[-1]] if shards else shards.setdefault(SINGLE_FILE, {})
-    for name, head in heads.items():
-        if name not in base.tensors:
-            to = dtype if dtype is not None and head.is_floating_point() else head.dtype
-            last[name] = Entry(to, tuple(head.shape), partial(heads.__getitem__, name))
-    return shards
+def _write_files(fusion: Fusion, targets: Mapping[str, Path], say: Callable[[str], None]) -> None:
+    """Write each file of the result, and the index where there is one."""
+    base, written = fusion.base, {}
+    for number, (file_name, names) in enumerate(fusion.files().items(), start=1):
+        say(f"[{number}/{len(targets)}] {file_name}: {len(names)} tensors")
+        with opened(base.folder / file_name) as source:
+            entries = fusion.entries(names, source.get_tensor)
+            write_tensors(targets[file_name], entries, {"format": "pt", **(source.metadata() or {})})
+        written[file_name] = entries
+    if base.index is not None:
+        folder = next(iter(targets.values())).parent
+        _write_json(folder / INDEX_FILE, _new_index(base.index, written))
 
 
-def _fused(
-    base: BaseFiles, name: str, A: Tensor, B: Tensor, scaling: float, transposed: bool, dtype: torch.dtype
-) -> Tensor:
-    """Return W_eff of one weight, rounded once."""
-    return effective_weight(base.tensor(name), A, B, scaling, transposed=transposed, dtype=dtype)
-
-
-def _new_index(index: Mapping[str, Any], shards: Mapping[str, Mapping[str, Entry]]) -> dict[str, Any]:
-    entries = [entry for shard in shards.values() for entry in shard.values()]
+def _new_index(index: Mapping[str, Any], written: Mapping[str, Mapping[str, Entry]]) -> dict[str, Any]:
+    entries = [entry for file in written.values() for entry in file.values()]
     sizes = {
         "total_size": sum(entry.nbytes for entry in entries),
         "total_parameters": sum(torch.Size(entry.shape).numel() for entry in entries),
@@ -192,7 +233,7 @@ def _new_index(index: Mapping[str, Any], shards: Mapping[str, Mapping[str, Entry
     return {
         **index,
         "metadata": metadata,
-        "weight_map": {name: file_name for file_name, shard in shards.items() for name in sorted(shard)},
+        "weight_map": {name: file_name for file_name, file in written.items() for name in sorted(file)},
     }
 
 
@@ -201,19 +242,20 @@ def _carry_along(
 ) -> None:
     """Copy what is not weights: the config, the tokenizer, and whatever else stands there."""
     left: list[str] = []
+    files = base.files()
     for source in sorted(base.folder.rglob("*")):
         relative = source.relative_to(base.folder)
         if any(part.startswith(".") for part in relative.parts) or relative.name == INDEX_FILE:
             continue
         if source.suffix in WEIGHT_SUFFIXES or relative.name.endswith(".index.json"):
-            left += [] if relative.name in {d.file for d in base.tensors.values()} else [relative.as_posix()]
+            left += [] if relative.as_posix() in files else [relative.as_posix()]
         elif source.is_file():
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / relative)
     if left:
         say(f"not carried along, being the unfused weights in other forms: {quoted(left)}")
     if dtype is not None and base.config:
-        _write_json(folder / CONFIG_FILE, _with_dtype(dict(base.config), str(dtype).removeprefix("torch.")))
+        _write_json(folder / CONFIG_FILE, _with_dtype(dict(base.config), _short(dtype)))
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -230,3 +272,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _write_json(path: Path, value: object) -> None:
     write_whole(path, [json.dumps(value, indent=2).encode() + b"\n"])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

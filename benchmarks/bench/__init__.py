@@ -1,0 +1,1 @@
+"""What surrounds the things that the scripts beside this package measure; ../README.md lists its files."""

@@ -1,0 +1,53 @@
+"""What a training step works on, and how a sweep changes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from .setups import Setup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """A setup and the batch that it trains on."""
+
+    setup: Setup
+    batch: int
+    length: int
+    compiled: bool = False
+
+    @property
+    def title(self) -> str:
+        setup = self.setup
+        layers = setup.layers or setup.shape.config.num_hidden_layers
+        return (
+            f"{setup.model}, {layers} layers, batch {self.batch} x {self.length}, {setup.targets}, "
+            f"r = {setup.rank}, {setup.precision}{', torch.compile' if self.compiled else ''}"
+        )
+
+    def swept(self, axis: str, value: int) -> Load:
+        """Return this load with one quantity, a key of `AXES`, changed."""
+        if axis == "tokens":
+            length = min(value, self.length)
+            return dataclasses.replace(self, batch=value // length, length=length)
+        if axis == "length":  # the number of tokens stays
+            return dataclasses.replace(self, batch=max(1, self.batch * self.length // value), length=value)
+        return dataclasses.replace(self, setup=dataclasses.replace(self.setup, **{axis: value}))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a sweep changes."""
+
+    label: str
+    points: tuple[int, ...]
+    quick_points: tuple[int, ...]
+
+
+AXES = {
+    "tokens": Axis("tokens per step", (1, 4, 16, 64, 256, 1024, 4096, 16384), (1, 32)),
+    "rank": Axis("rank", (1, 2, 4, 8, 16, 32, 64), (1, 4)),
+    "layers": Axis("layers", (2, 4, 8, 12, 24), (1, 2)),
+    "length": Axis("tokens per sequence", (32, 64, 128, 256, 512), (8, 16)),
+}

@@ -1,0 +1,124 @@
+"""Every method of putting LoRA into a model, and of training without.
+
+A method takes a bare model and returns it ready to be trained: what shall be trained requires a gradient,
+and nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import minilora
+
+from .plain import PlainLoRA
+from .setups import Setup, target_layers
+from .unmeasured import NotMeasured, import_optional
+
+TrainingMethod = Callable[[nn.Module, Setup], nn.Module]
+
+
+def frozen_bound(model: nn.Module, setup: Setup) -> nn.Module:
+    """Train the head and one bias of the first adapted layer: the least that a LoRA step can cost.
+
+    The gradient has to come down to that layer, as it does in any LoRA step; no weight gradient is taken.
+    """
+    _freeze_all_but_head(model, setup)
+    first = next(iter(target_layers(model, setup).values()))
+    if first.bias is None:
+        first.bias = nn.Parameter(first.weight.new_zeros(first.out_features))
+    first.bias.requires_grad_(True)
+    return model
+
+
+def full_fine_tuning(model: nn.Module, setup: Setup) -> nn.Module:
+    """Train everything."""
+    return model.requires_grad_(True)
+
+
+def plain_form(model: nn.Module, setup: Setup) -> nn.Module:
+    """Put a `PlainLoRA` around each target."""
+    _freeze_all_but_head(model, setup)
+    for name, layer in target_layers(model, setup).items():
+        options: dict[str, Any] = {"device": setup.device, "dtype": torch.float32}
+        lora_A = torch.randn(setup.rank, layer.in_features, **options) / setup.rank
+        lora_B = torch.zeros(layer.out_features, setup.rank, **options)
+        scaling = setup.alpha / setup.rank
+        model.set_submodule(name, PlainLoRA(layer, lora_A, lora_B, scaling=scaling, dropout=setup.dropout))
+    return model
+
+
+def with_minilora(model: nn.Module, setup: Setup) -> nn.Module:
+    """Call `minilora.inject`."""
+    return minilora.inject(model, setup.target_names, setup.lora_config(), trainable=setup.shape.head)
+
+
+def with_peft(model: nn.Module, setup: Setup) -> nn.Module:
+    """Call `peft.get_peft_model`."""
+    peft = import_optional("peft")
+    return peft.get_peft_model(model, peft_config(setup))
+
+
+def peft_config(setup: Setup) -> Any:
+    """Return PEFT's form of the setup."""
+    return import_optional("peft").LoraConfig(
+        r=setup.rank,
+        lora_alpha=setup.alpha,
+        lora_dropout=setup.dropout,
+        target_modules=setup.target_names,
+        modules_to_save=list(setup.shape.head) or None,
+    )
+
+
+def with_loralib(model: nn.Module, setup: Setup) -> nn.Module:
+    """Replace each target by a `loralib.Linear` with the same weight."""
+    loralib = import_optional("loralib")
+    _freeze_all_but_head(model, setup)
+    for name, layer in target_layers(model, setup).items():
+        new = loralib.Linear(
+            layer.in_features,
+            layer.out_features,
+            r=setup.rank,
+            lora_alpha=setup.alpha,
+            lora_dropout=setup.dropout,
+            bias=layer.bias is not None,
+            merge_weights=False,
+            device=layer.weight.device,
+        )
+        new.weight, new.bias = layer.weight, layer.bias
+        model.set_submodule(name, new)
+    return model
+
+
+def with_adapters(model: nn.Module, setup: Setup) -> nn.Module:
+    """Add a LoRA of the `adapters` library, which needs a transformers of its own and so an environment."""
+    adapters = import_optional("adapters")
+    if setup.targets != "qv":
+        raise NotMeasured("its LoRA has no name for the attention's output projection")
+    adapters.init(model)
+    config = adapters.LoRAConfig(
+        r=setup.rank, alpha=setup.alpha, dropout=setup.dropout, attn_matrices=["q", "v"]
+    )
+    model.add_adapter("lora", config=config)
+    model.train_adapter("lora")
+    return model
+
+
+TRAINING_METHODS: dict[str, TrainingMethod] = {
+    "frozen-bound": frozen_bound,
+    "full fine-tuning": full_fine_tuning,
+    "plain form": plain_form,
+    "minilora": with_minilora,
+    "PEFT": with_peft,
+    "loralib": with_loralib,
+    "adapters": with_adapters,
+}
+
+
+def _freeze_all_but_head(model: nn.Module, setup: Setup) -> None:
+    model.requires_grad_(False)
+    for name in setup.shape.head:
+        model.get_submodule(name).requires_grad_(True)

@@ -1,0 +1,89 @@
+"""The models, by their sizes: built from configs, with random weights; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and PEFT read it: nobody shall time the network
+
+import transformers
+
+# PEFT reads a property that transformers renamed.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model by its sizes."""
+
+    kind: type[transformers.PreTrainedModel]
+    config: transformers.PreTrainedConfig
+    head: tuple[str, ...]
+    """Modules to be trained in full."""
+    targets: dict[str, tuple[str, ...]]
+    """Suffixes of module names, by what `--targets` calls them; all libraries here read them alike."""
+    quick: str
+    """Name of the tiny shape that stands in for this one in a quick run."""
+
+
+def _bert(quick: str, **sizes: int) -> Shape:
+    return Shape(
+        kind=transformers.BertForSequenceClassification,
+        config=transformers.BertConfig(
+            **sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2
+        ),
+        head=("classifier",),
+        targets={
+            "qv": ("query", "value"),
+            "all-linear": ("query", "key", "value", "output.dense", "intermediate.dense"),
+        },
+        quick=quick,
+    )
+
+
+def _llama(quick: str, **sizes: int) -> Shape:
+    return Shape(
+        kind=transformers.LlamaForCausalLM,
+        config=transformers.LlamaConfig(**sizes, tie_word_embeddings=True),
+        head=(),
+        targets={
+            "qv": ("q_proj", "v_proj"),
+            "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        },
+        quick=quick,
+    )
+
+
+SHAPES = {
+    "bert-base": _bert("bert-tiny"),  # the config's defaults: 12 layers of 768, 110 million parameters
+    "bert-tiny": _bert(
+        "bert-tiny",
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+    ),
+    "llama-1b": _llama(  # the sizes of Llama 3.2 1B: 1.24 billion parameters
+        "llama-tiny",
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32_768,
+    ),
+    "llama-tiny": _llama(
+        "llama-tiny",
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    ),
+}

@@ -1,0 +1,127 @@
+"""`Inventory`: whose the tensors of an adapter file are, site by site and module by module.
+
+What the command line knows of each kind of injection stands here, in `KINDS`, and nowhere else in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..config import Config, LoRAConfig
+from ..errors import quoted
+from ..files.contents import Contents
+from ..lora import LoRA
+from ..names import outermost_of
+from ..trained import TrainableHead
+from .updates import LowRank, Update, Values
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a file holds for one site, or for one module that is trained in full."""
+
+    name: str
+    kind: str
+    """As files name it."""
+    config: Config | None
+    """None for a module that is trained in full."""
+    tensors: Mapping[str, Tensor]
+    """By their names below the part's own."""
+
+    @property
+    def title(self) -> str:
+        """The kind, as a sentence names it."""
+        return KINDS[self.kind].title
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The tensors' shapes, by their names in alphabetical order."""
+        return {key: list(self.tensors[key].shape) for key in sorted(self.tensors)}
+
+    def update(self) -> Update | None:
+        """Return what is trained here as something with a size; None where the tensors make no such thing."""
+        return KINDS[self.kind].update(self)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Whose the tensors of a file are.
+
+    >>> contents = Contents(Manifest(((LoRAConfig(r=1), ("up",)),), ()), {"up.lora_A": torch.ones(1, 2)})
+    >>> Inventory.of(contents).problems()
+    ["missing from the file: 'up.lora_B'"]
+    """
+
+    parts: Mapping[tuple[str, str], Part]
+    """By name and kind, as in `Manifest.placed`."""
+    missing: tuple[str, ...]
+    """Tensors that the manifest calls for and the file does not have."""
+    unclaimed: tuple[str, ...]
+    """Tensors that belong to nothing in the manifest."""
+
+    @classmethod
+    def of(cls, contents: Contents) -> Inventory:
+        """Return the inventory of a file's contents."""
+        unclaimed = dict(contents.tensors)
+        parts: dict[tuple[str, str], Part] = {}
+        missing: list[str] = []
+        for config, sites in contents.manifest.injections:
+            for site in sites:
+                keys = {key: f"{site}.{key}" for key in KINDS[config.kind].keys}
+                missing += [full for full in keys.values() if full not in contents.tensors]
+                own = {key: contents.tensors[full] for key, full in keys.items() if full in contents.tensors}
+                parts[site, config.kind] = Part(site, config.kind, config, own)
+                for full in keys.values():
+                    unclaimed.pop(full, None)
+        whole: dict[str, dict[str, Tensor]] = {name: {} for name in contents.manifest.trainable}
+        for full in list(unclaimed):
+            if (name := outermost_of(full, whole)) is not None and full != name:
+                whole[name][full[len(name) + 1 :]] = unclaimed.pop(full)
+        for name, tensors in whole.items():
+            parts[name, TrainableHead.kind] = Part(name, TrainableHead.kind, None, tensors)
+        return cls(parts, tuple(missing), tuple(unclaimed))
+
+    def problems(self) -> list[str]:
+        """Return in what a file's tensors are not those that its own manifest calls for."""
+        problems = [f"missing from the file: {quoted(self.missing)}"] if self.missing else []
+        if self.unclaimed:
+            problems.append(f"in the file, but called for by nothing: {quoted(self.unclaimed)}")
+        return problems
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the command line knows of a kind of injection."""
+
+    title: str
+    keys: tuple[str, ...]
+    """The tensors of a site, by their names below it; empty where a module brings names of its own."""
+    update: Callable[[Part], Update | None]
+
+
+def _low_rank(part: Part) -> LowRank | None:
+    A, B, config = part.tensors.get("lora_A"), part.tensors.get("lora_B"), part.config
+    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        return None
+    assert isinstance(config, LoRAConfig)  # a manifest keeps kinds and configs together
+    return LowRank(A, B, config.scaling)
+
+
+def _values(part: Part) -> Values:
+    return Values(part.tensors)
+
+
+KINDS: dict[str, Kind] = {
+    LoRA.kind: Kind("LoRA", ("lora_A", "lora_B"), _low_rank),
+    Adapter.kind: Kind(
+        "bottleneck adapter",
+        ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias"),
+        _values,
+    ),
+    TrainableHead.kind: Kind("trained in full", (), _values),
+}
+"""By the kind's name in files."""

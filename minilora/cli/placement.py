@@ -1,0 +1,283 @@
+"""`Placement`: how an adapter lies on a base's files.
+
+A file knows a weight by a name that may differ from the model's by a prefix: a checkpoint of `BertModel` has
+"encoder...", one of `BertForSequenceClassification` "bert.encoder...", and transformers loads either into
+either. The one prefix that fits all sites of an adapter is found here. Some architectures transformers saves
+under older names altogether; there the adapter's fingerprint tells which weight is which.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import CheckpointError, quoted, several
+from ..files.contents import Contents
+from ..files.fingerprint import Comparison, Fingerprint, Signature, compare
+from ..names import above, ends_with, nearest
+from ..plan import WRAPPERS, Problems
+from .base_files import BaseFiles
+from .inventory import Inventory, Part
+from .updates import LowRank
+
+
+class MisfitError(CheckpointError):
+    """An adapter does not lie on a base's files: it is another model's."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How an adapter lies on a base's files."""
+
+    updates: Mapping[str, LowRank]
+    """What is added to the weight at each LoRA site."""
+    weights: Mapping[str, str]
+    """The name in the files of the weight at each site; LoRA sites all have one."""
+    heads: Mapping[str, str]
+    """The name in the files of each tensor that was trained in full, whether it is there already or not."""
+    transposed: frozenset[str]
+    """LoRA sites whose weight is stored as (in, out)."""
+    comparison: Comparison
+    """How the base relates to the one that the adapter was trained on."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """How names in the files differ from the model's: something is put in front, or left out there.
+
+    >>> Prefix(added="bert.").stored("encoder.query"), Prefix(cut="bert.").stored("bert.encoder.query")
+    ('bert.encoder.query', 'encoder.query')
+    """
+
+    added: str = ""
+    cut: str = ""
+
+    def stored(self, name: str) -> str | None:
+        """Return a name as the files have it; None where it lies outside all that they hold."""
+        return self.added + name.removeprefix(self.cut) if name.startswith(self.cut) else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the weights at some sites are stored."""
+
+    weights: Mapping[str, str]
+    """The name in the files, by site."""
+    prefix: Prefix
+    by_value: bool = False
+    """Whether names told nothing, so that names of other tensors tell nothing either."""
+
+
+def place(contents: Contents, base: BaseFiles) -> Placement:
+    """Return how an adapter lies on a base's files.
+
+    Raises:
+        MisfitError: listing every site that has no weight there, or one of another shape.
+        CheckpointError: when the base's files are not sound.
+    """
+    parts = Inventory.of(contents).parts.values()
+    loras = {part.name: part for part in parts if part.config and WRAPPERS[part.kind].mergeable}
+    others = [part.name for part in parts if part.config and not WRAPPERS[part.kind].mergeable]
+    recorded, problems = contents.base or Fingerprint(), Problems()
+    found = _find(list(loras) or _with_weight(others, base), recorded, base, problems)
+    weights = dict(found.weights)
+    if not found.by_value:
+        weights |= _present({site: found.prefix.stored(f"{site}.weight") for site in others}, base)
+    updates = _updates(loras, problems)
+    transposed = _transposed(updates, weights, contents, base, problems)
+    heads = _heads([part for part in parts if part.config is None], found, base, problems)
+    if problems:
+        raise MisfitError(several(problems.lines(), outcome=f"the adapter does not fit {str(base.path)!r}"))
+    known = {site: name for site, name in weights.items() if site in recorded.signatures}
+    comparison = compare(recorded, base.fingerprint(known, transposed))
+    return Placement(updates, weights, heads, transposed, comparison)
+
+
+def _find(sites: list[str], recorded: Fingerprint, base: BaseFiles, problems: Problems) -> Found:
+    """Return where the weights at some sites are: by name where names fit, else by value."""
+    votes = prefix_votes(sites, base)
+    fitting = [prefix for prefix, count in votes.items() if count == len(set(sites))]
+    if not sites or Prefix() in fitting:
+        fitting = [Prefix()]
+    if len(fitting) == 1:
+        return _by_name(sites, fitting[0], base)
+    if found := find_by_value(sites, recorded, base):
+        return Found(found, Prefix(), by_value=True)
+    if fitting:
+        ways = quoted([(prefix.added and f"{prefix.added}...") or f"...{prefix.cut}" for prefix in fitting])
+        for site in sites:
+            problems.add(site, f"the names fit the base's in {len(fitting)} ways: {ways}")
+        return Found({}, Prefix())
+    best = max(votes, key=lambda prefix: (votes[prefix], prefix == Prefix()), default=Prefix())
+    found_by_name = _by_name(sites, best, base)
+    _add_missing(found_by_name, sites, base, problems)
+    return found_by_name
+
+
+def prefix_votes(sites: Iterable[str], base: BaseFiles) -> Counter[Prefix]:
+    """Return for how many of some sites the files have a weight, under each prefix that fits any.
+
+    The time it takes grows with the number of sites and of tensors, not with their product.
+    """
+    wanted, votes = dict.fromkeys(sites), Counter[Prefix]()
+    stored = dict.fromkeys(n.removesuffix(".weight") for n in base.tensors if n.endswith(".weight"))
+    for name in stored:
+        for front in ("", *(f"{outer}." for outer in above(name))):
+            if name[len(front) :] in wanted:
+                votes[Prefix(added=front)] += 1
+    for site in wanted:
+        for outer in above(site):
+            if site[len(outer) + 1 :] in stored:
+                votes[Prefix(cut=f"{outer}.")] += 1
+    return votes
+
+
+def find_by_value(sites: Iterable[str], recorded: Fingerprint, base: BaseFiles) -> dict[str, str]:
+    """Return the name in the files of each site's weight, told by its values; empty unless all are clear.
+
+    Only beside a config.json: it is transformers that saves under other names than the model's, and in any
+    other file a weight under another name is another weight, or one that is tied to it.
+    """
+    wanted = set(sites)
+    if not base.config or not wanted <= recorded.signatures.keys():
+        return {}
+    # By shape, and in the order of their first values, so that few have to be compared in full.
+    rows: dict[tuple[int, ...], list[tuple[float, str]]] = {}
+    for site in wanted:
+        signature = recorded.signatures[site]
+        if signature.sample and not math.isnan(signature.sample[0]):
+            rows.setdefault(signature.shape, []).append((signature.sample[0], site))
+    for row in rows.values():
+        row.sort()
+    found: dict[str, str] = {}
+    alike = [name for name, stored in base.tensors.items() if stored.shape in rows]
+    for name, signature in base.signatures(alike):
+        for site in _near(signature, rows[signature.shape]):
+            if recorded.signatures[site].difference(signature) == 0:
+                if site in found:
+                    return {}  # two weights of the same values
+                found[site] = name
+    return found if len(found) == len(set(found.values())) == len(wanted) else {}
+
+
+def _near(signature: Signature, row: list[tuple[float, str]]) -> list[str]:
+    """Return the sites whose first value may be the signature's own, cast: bfloat16 rounds by 1 in 256."""
+    first = signature.sample[0]
+    margin = abs(first) / 64 + 1e-6
+    start = bisect_left(row, first - margin, key=lambda entry: entry[0])
+    end = bisect_right(row, first + margin, key=lambda entry: entry[0])
+    return [site for _, site in row[start:end]]
+
+
+def _by_name(sites: Iterable[str], prefix: Prefix, base: BaseFiles) -> Found:
+    return Found(_present({site: prefix.stored(f"{site}.weight") for site in sites}, base), prefix)
+
+
+def _present(names: Mapping[str, str | None], base: BaseFiles) -> dict[str, str]:
+    return {site: name for site, name in names.items() if name is not None and name in base.tensors}
+
+
+def _with_weight(sites: list[str], base: BaseFiles) -> list[str]:
+    """Return the sites that some weight in the files may belong to: a dropout has none."""
+    ends = {
+        name[len(front) :].removesuffix(".weight")
+        for name in base.tensors
+        if name.endswith(".weight")
+        for front in ("", *(f"{outer}." for outer in above(name)))
+    }
+    return [site for site in sites if site in ends]
+
+
+def _add_missing(found: Found, sites: list[str], base: BaseFiles, problems: Problems) -> None:
+    missing = [site for site in sites if site not in found.weights]
+    near = nearest(f"{missing[0]}.weight", base.tensors, limit=1)  # slow, and the next would tell no more
+    text = "the base has no weight of that name" + (f"; nearest: {near[0]!r}" if near else "")
+    if found.weights:
+        text += (
+            ". A weight that is tied to another, as an output layer to the embedding, is stored under one of "
+            "its names only: fuse in Python instead, minilora.fuse(model)"
+        )
+    for site in missing:
+        if (name := base.left_out.get(f"{site}.weight")) is not None:
+            problems.add(site, f"the base has its weight as {name!r} only, to which it is tied")
+        else:
+            problems.add(site, text)
+
+
+def _updates(loras: Mapping[str, Part], problems: Problems) -> dict[str, LowRank]:
+    updates: dict[str, LowRank] = {}
+    for site, part in loras.items():
+        update = part.update()
+        if isinstance(update, LowRank):
+            updates[site] = update
+        else:
+            problems.add(site, "the file has no A and B of one rank for it")
+    return updates
+
+
+def _transposed(
+    updates: Mapping[str, LowRank],
+    weights: Mapping[str, str],
+    contents: Contents,
+    base: BaseFiles,
+    problems: Problems,
+) -> frozenset[str]:
+    """Return the sites whose weight is stored as (in, out)."""
+    transposed = set()
+    for site, update in updates.items():
+        if site not in weights:
+            continue
+        stored, shape = base.tensors[weights[site]].shape, update.shape
+        if stored not in (shape, shape[::-1]):
+            problems.add(site, f"the base's weight is {stored}, the adapter's update {shape}")
+        elif shape[0] != shape[1]:
+            transposed |= {site} if stored != shape else set()
+        elif contents.base is None:
+            problems.add(site, "the weight is square, and the file does not tell whether it is transposed")
+        else:
+            transposed |= {site} & contents.base.transposed
+    return frozenset(transposed)
+
+
+def _heads(parts: list[Part], found: Found, base: BaseFiles, problems: Problems) -> dict[str, str]:
+    """Return the files' names of the tensors that were trained in full."""
+    heads: dict[str, str] = {}
+    beginnings = {site.partition(".")[0] for site in found.weights}
+    for part in parts:
+        for key, tensor in part.tensors.items():
+            full = f"{part.name}.{key}"
+            name = found.prefix.stored(full)
+            if name is None:
+                problems.add(
+                    full,
+                    f"trained in full, and outside {found.prefix.cut[:-1]!r}, which is all that this "
+                    "base holds. Save the base from the class that was trained: "
+                    "Auto...From...from_pretrained(base).save_pretrained(folder)",
+                )
+                continue
+            heads[full] = name
+            if name in base.tensors:
+                stored, shape = base.tensors[name].shape, tuple(tensor.shape)
+                if stored != shape:
+                    problems.add(full, f"the base's is {stored}, the adapter's {shape}")
+            elif found.prefix.added:
+                problems.add(full, f"trained in full, and the base has no {name!r}")
+            elif found.by_value and full.partition(".")[0] in beginnings:
+                problems.add(
+                    full,
+                    "trained in full, and the base, which has names of its own, has none like it",
+                )
+    return heads
+
+
+def is_under_own_name(site: str, stored: str) -> bool:
+    """Return whether the files have a weight under its site's own name, a prefix more or less.
+
+    >>> is_under_own_name("lm_head", "model.lm_head.weight"), is_under_own_name("lm_head", "wte.weight")
+    (True, False)
+    """
+    name = stored.removesuffix(".weight")
+    return ends_with(name, site) or ends_with(site, name)

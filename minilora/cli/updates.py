@@ -1,0 +1,79 @@
+"""What is trained at one place, as something with a size that can be subtracted.
+
+LowRank    s B A, what a LoRA layer adds to its weight: two pairs of A and B may say the same
+Values     the numbers themselves, of what has no such sum: a bottleneck, a module trained in full
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..functional import effective_weight
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """s B A, (out, in); it is never formed, but for `added_to`.
+
+    >>> update = LowRank(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)
+    >>> update.shape, round(update.norm() ** 2)
+    ((2, 3), 24)
+    """
+
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return len(self.B), self.A.shape[1]
+
+    def norm(self) -> float:
+        """Return the Frobenius norm, in float64: that of R_B R_A', where B = Q R_B and A' = Q R_A."""
+        left = torch.linalg.qr(self.B.double(), mode="r").R  # (min(out, r), r)
+        right = torch.linalg.qr(self.A.double().T, mode="r").R
+        return abs(self.scaling) * float(torch.linalg.norm(left @ right.T))
+
+    def minus(self, other: Update) -> LowRank | None:
+        """Return the difference, of rank r + r'; None where the shapes differ."""
+        if not isinstance(other, LowRank) or self.shape != other.shape:
+            return None
+        B = torch.cat([self.scaling * self.B.double(), -other.scaling * other.B.double()], dim=1)
+        return LowRank(torch.cat([self.A.double(), other.A.double()]), B, scaling=1.0)
+
+    def added_to(self, weight: Tensor, *, transposed: bool, dtype: torch.dtype) -> Tensor:
+        """Return W_eff = W + s B A in the weight's layout, rounded once to `dtype`."""
+        return effective_weight(weight, self.A, self.B, self.scaling, transposed=transposed, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Tensors, seen as one long vector.
+
+    >>> Values({"weight": torch.tensor([3.0]), "bias": torch.tensor([4.0])}).norm()
+    5.0
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def norm(self) -> float:
+        """Return the Euclidean norm, in float64."""
+        return float(sum(float(t.double().square().sum()) for t in self.tensors.values()) ** 0.5)
+
+    def minus(self, other: Update) -> Values | None:
+        """Return the difference; None where names or shapes differ."""
+        if not isinstance(other, Values) or _shapes(self) != _shapes(other):
+            return None
+        return Values({key: t.double() - other.tensors[key].double() for key, t in self.tensors.items()})
+
+
+Update = LowRank | Values
+
+
+def _shapes(values: Values) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in values.tensors.items()}
