@@ -9,7 +9,7 @@ from torch import nn
 from .errors import listed
 from .mergeable import Mergeable
 from .module import InjectedModule
-from .names import generic
+from .names import generic, outermost_of
 from .sites import Sites, injected_sites, require_unwrapped
 from .torch_internals import own_parameters
 from .training import added_tensors, thawed_parameters
@@ -56,7 +56,8 @@ class Summary:
     base: int
     """Number of parameters of the base model."""
     reached: float | None = None
-    """The share of the base's matrix weights that LoRA reaches, from 0 to 1; None where there is no LoRA."""
+    """The share of the base's matrix weights under LoRA, from 0 to 1, but for modules trained in full; None
+    where there is no LoRA."""
     left_out: tuple[tuple[str, int], ...] = ()
     """The modules whose matrix weights LoRA does not reach, by generic names, with their number."""
 
@@ -150,6 +151,7 @@ def _reach(model: nn.Module) -> tuple[float | None, tuple[tuple[str, int], ...]]
     sites = Sites(model)
     found = [w for site in sites.unique() for w in site.wrappers if isinstance(w, Mergeable)]
     under = {id(parameter) for wrapper in found for parameter in wrapper.replaced_by_merging()}
+    trained = {s.name for s in sites.unique() if any(w.trains_whole_module for w in s.wrappers)}
     all_of_it = reached = 0
     left: dict[str, int] = {}
     seen: set[int] = set()
@@ -158,6 +160,8 @@ def _reach(model: nn.Module) -> tuple[float | None, tuple[tuple[str, int], ...]]
         covered = any(w in site.wrappers and w.parameter == site.parameter for w in found)
         if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
             continue
+        if outermost_of(site.owner, trained) is not None:
+            continue  # trained in full
         if id(parameter) in seen and not covered:
             continue  # tied: counted once
         seen.add(id(parameter))
