@@ -149,8 +149,8 @@ def _mergeable(
 
 
 def _beyond(model: nn.Module, dtype: torch.dtype, wrappers: Iterable[InjectedModule]) -> list[str]:
-    """Return the tensors with values too large for a dtype, but for those that merging replaces."""
-    replaced = {id(p) for wrapper in wrappers for p in wrapper.replaced_by_merging()}
+    """Return the tensors with values too large for a dtype, but for those that fusing replaces or lets go."""
+    gone = {id(t) for w in wrappers for t in (*w.replaced_by_merging(), *own_tensors(w).values())}
     largest = torch.finfo(dtype).max
     found = [
         name
@@ -158,7 +158,7 @@ def _beyond(model: nn.Module, dtype: torch.dtype, wrappers: Iterable[InjectedMod
         if isinstance(tensor, Tensor)
         and is_float_dtype(tensor.dtype)
         and torch.finfo(tensor.dtype).max > largest
-        and id(tensor) not in replaced
+        and id(tensor) not in gone
         and not tensor.is_meta
         and tensor.numel()
         and bool((torch.isfinite(tensor) & (tensor.abs() > largest)).any())
