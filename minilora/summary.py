@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import listed
 from .mergeable import Mergeable
 from .module import InjectedModule
 from .names import generic, outermost_of
@@ -59,7 +58,7 @@ class Summary:
     """The share of the base's matrix weights under LoRA, from 0 to 1, but for modules trained in full; None
     where there is no LoRA."""
     left_out: tuple[tuple[str, int], ...] = ()
-    """The modules whose matrix weights LoRA does not reach, by generic names, with their number."""
+    """The modules whose matrix weights LoRA does not reach, by size: generic name and number."""
 
     def __str__(self) -> str:
         header = ("site", "", "kind", "parameters", "state")
@@ -77,9 +76,9 @@ class Summary:
         total = f"trainable: {self.trainable:,} parameters, {share:.3g} % of the base's {self.base:,}"
         lines = [self.model, rule, lines[0], rule, *lines[1:], rule, total]
         if self.reached is not None:
-            left = listed([f"{name} (x{n})" if n > 1 else name for name, n in self.left_out])
-            reach = f"LoRA reaches {100 * self.reached:.3g} % of the base's matrix weights"
-            lines.append(f"{reach}; not {left}" if left else reach)
+            lines.append(f"LoRA reaches {100 * self.reached:.3g} % of the base's matrix weights")
+            lines += [f"    not {name} x{n}" for name, n in self.left_out[:4]]
+            lines += [f"    and {len(self.left_out) - 4} more"] if len(self.left_out) > 4 else []
         return "\n".join(lines)
 
 
@@ -153,7 +152,7 @@ def _reach(model: nn.Module) -> tuple[float | None, tuple[tuple[str, int], ...]]
     under = {id(parameter) for wrapper in found for parameter in wrapper.replaced_by_merging()}
     trained = {s.name for s in sites.unique() if any(w.trains_whole_module for w in s.wrappers)}
     all_of_it = reached = 0
-    left: dict[str, int] = {}
+    left: dict[str, list[int]] = {}
     seen: set[int] = set()
     for site in sites.parameters():
         parameter = own_parameters(site.bare)[site.parameter or ""]
@@ -170,6 +169,8 @@ def _reach(model: nn.Module) -> tuple[float | None, tuple[tuple[str, int], ...]]
             reached += parameter.numel()
         else:
             name = generic(site.owner if site.parameter == "weight" else site.name)
-            left[name] = left.get(name, 0) + 1
-    share = reached / all_of_it if found and all_of_it else None
-    return share, tuple(left.items()) if found else ()
+            left.setdefault(name, []).append(parameter.numel())
+    if not found or not all_of_it:
+        return None, ()
+    largest_first = sorted(left.items(), key=lambda item: -sum(item[1]))
+    return reached / all_of_it, tuple((name, len(sizes)) for name, sizes in largest_first)

@@ -100,8 +100,8 @@ def test_a_shared_module_goes_by_its_first_name():
 def test_what_is_there_already_is_named():
     model = randomise(minilora.inject(MLP(), "up", SMALL, trainable="classifier"))
     assert lines(model, [(SMALL, ("up", "classifier"))], ["up"]) == [
-        "'up': carries LoRA r=2 alpha=16 already; leave it out with exclude=..., or call minilora.eject(model) "
-        "first",
+        "'up': carries LoRA r=2 alpha=16 already; leave it out with exclude=..., or call "
+        "minilora.eject(model) first",
         "'classifier': lies in 'classifier', which is trained in full; leave it out with exclude=...",
         f"'up': {OVERLAPS} ('up'); choose one of the two",
     ]
