@@ -34,7 +34,7 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
         MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0").eval()
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0").eval()
         >>> minilora.merge(model)[0].merged
         True
     """
@@ -62,7 +62,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         MiniLoRAError: when the model carries no injection.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
         >>> weight = model[0].base.weight
         >>> minilora.unmerge(minilora.merge(model))[0].base.weight is weight
         True
@@ -102,9 +102,9 @@ def fuse(
         UserWarning: when a fused weight was tied to another one, from which it now differs.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
         >>> minilora.fuse(model, dtype="bfloat16")[0]
-        Linear(in_features=4, out_features=2, bias=True)
+        Linear(in_features=8, out_features=8, bias=True)
     """
     to: torch.dtype | None = plain_dtype(dtype)
     if to is not None and not is_float_dtype(to):

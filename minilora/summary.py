@@ -19,7 +19,7 @@ class SummaryRow:
     """One line of a summary: sites that differ in their indices only.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)), "all-linear")
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "all-linear")
         >>> row = minilora.summary(model).rows[0]
         >>> row.sites, row.count, row.description, row.state
         ('*', 2, 'LoRA r=8 alpha=16', 'active')

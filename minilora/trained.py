@@ -32,7 +32,7 @@ class TrainableHead(InjectedModule):
         TargetError: when there is nothing in it that could be trained.
 
     Example:
-        >>> model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+        >>> model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
         >>> model = minilora.inject(model, "body", trainable=["head"])
         >>> type(model["head"]).__name__, model["head"].base.weight.requires_grad
         ('TrainableHead', False)

@@ -109,8 +109,8 @@ def test_what_is_there_already_is_named():
 
 def test_a_tie_is_named_with_what_can_be_done():
     assert lines(Tied(), trainable=["head", "embedding"]) == [
-        f"'head': trainable names a module whose weight is tied to 'embedding.weight'; {UNTIES} Give it as a "
-        "target for LoRA instead, or untie the weights first",
+        f"'head': trainable names a module whose weight is tied to 'embedding.weight'; {UNTIES} Give it as "
+        "a target for LoRA instead, or untie the weights first",
         f"'embedding': trainable names a module whose weight is tied to 'head.weight'; {UNTIES} Untie the "
         "weights first",
     ]
