@@ -79,7 +79,7 @@ class Inventory:
                     unclaimed.pop(full, None)
         whole: dict[str, dict[str, Tensor]] = {name: {} for name in contents.manifest.trainable}
         for full in list(unclaimed):
-            if (name := outermost_of(full, whole)) is not None and full != name:
+            if (name := outermost_of(full, whole)) is not None:
                 whole[name][full[len(name) + 1 :]] = unclaimed.pop(full)
         for name, tensors in whole.items():
             parts[name, TrainableHead.kind] = Part(name, TrainableHead.kind, None, tensors)
