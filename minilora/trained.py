@@ -96,9 +96,9 @@ class TrainedParameter(Substitution):
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-        >>> model = minilora.inject(model, "0", trainable=["1.bias"])
-        >>> [name for name in minilora.adapter_state_dict(model) if "lora" not in name]
-        ['1.bias']
+        >>> model = minilora.inject(model, "0", minilora.LoRAConfig(r=1), trainable=["1.bias"])
+        >>> type(model[1]).__name__, model[1].bias is model[1].trained
+        ('TrainedParameter', True)
     """
 
     kind = "trainable"

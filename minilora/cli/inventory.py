@@ -51,7 +51,8 @@ class Part:
 class Inventory:
     """Whose the tensors of a file are.
 
-    >>> contents = Contents(Manifest(((LoRAConfig(r=1), ("up",)),), ()), {"up.lora_A": torch.ones(1, 2)})
+    >>> from minilora.plan import Manifest
+    >>> contents = Contents(Manifest(((minilora.LoRAConfig(r=1), ("up",)),), ()), {"up.lora_A": torch.ones(1, 2)})
     >>> Inventory.of(contents).problems()
     ["missing from the file: 'up.lora_B'"]
     """

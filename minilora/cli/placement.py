@@ -20,7 +20,8 @@ from ..errors import CheckpointError, quoted, several
 from ..files.contents import Contents
 from ..files.fingerprint import Comparison, Fingerprint, Signature, compare
 from ..names import above, ends_with, nearest
-from ..plan import WRAPPERS, Problems
+from ..plan import WRAPPERS
+from ..problems import Problems
 from .base_files import BaseFiles
 from .inventory import Inventory, Part
 from .updates import LowRank
