@@ -1,4 +1,4 @@
-"""`Problems`: what is wrong with which site, so that a message says everything at once, and each thing once."""
+"""`Problems`: what is wrong with which site, for a message that says everything, and each thing once."""
 
 from __future__ import annotations
 
