@@ -237,7 +237,7 @@ def test_names_that_fit_in_two_ways(file: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file(twice, tmp_path / "twice.safetensors")
     result = run("verify", file, "--base", tmp_path / "twice.safetensors")
     assert result.code == 1
-    assert "the names fit the base's in 2 ways: 'ema....', 'model....'" in result.out
+    assert "the names fit the base's in 2 ways: with 'ema.' in front, with 'model.' in front" in result.out
 
 
 def test_what_is_no_adapter_and_what_is_no_base(file: Path, base: Path, tmp_path: Path) -> None:
