@@ -52,8 +52,7 @@ class Inventory:
     """Whose the tensors of a file are.
 
     >>> from minilora.plan import Manifest
-    >>> manifest = Manifest(((minilora.LoRAConfig(r=1), ("up",)),), ())
-    >>> contents = Contents(manifest, {"up.lora_A": torch.ones(1, 2)})
+    >>> contents = Contents(Manifest(((LoRAConfig(r=1), ("up",)),), ()), {"up.lora_A": torch.ones(1, 2)})
     >>> Inventory.of(contents).problems()
     ["missing from the file: 'up.lora_B'"]
     """

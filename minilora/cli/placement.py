@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import CheckpointError, quoted, several
+from ..errors import CheckpointError, listed, several
 from ..files.contents import Contents
 from ..files.fingerprint import Comparison, Fingerprint, Signature, compare
 from ..names import above, ends_with, nearest
@@ -57,6 +57,9 @@ class Prefix:
 
     added: str = ""
     cut: str = ""
+
+    def __str__(self) -> str:
+        return f"with {self.added!r} in front" if self.added else f"without {self.cut!r}"
 
     def stored(self, name: str) -> str | None:
         """Return a name as the files have it; None where it lies outside all that they hold."""
@@ -110,7 +113,7 @@ def _find(sites: list[str], recorded: Fingerprint, base: BaseFiles, problems: Pr
     if found := find_by_value(sites, recorded, base):
         return Found(found, Prefix(), by_value=True)
     if fitting:
-        ways = quoted([(prefix.added and f"{prefix.added}...") or f"...{prefix.cut}" for prefix in fitting])
+        ways = listed([str(prefix) for prefix in fitting])
         for site in sites:
             problems.add(site, f"the names fit the base's in {len(fitting)} ways: {ways}")
         return Found({}, Prefix())
