@@ -238,9 +238,9 @@ def compare(recorded: Fingerprint, present: Fingerprint) -> Comparison:
 def _places(numel: int) -> Tensor:
     """Return at most SUMMED positions in a flat tensor, spread as if at random, the same at each call."""
     if numel <= SUMMED:
-        return torch.arange(numel)
+        return torch.arange(numel, device="cpu")
     # Steps of a fixed width would fall on few columns only; Knuth's multiplier scatters them.
-    return torch.arange(1, SUMMED + 1) * 2654435761 % numel
+    return torch.arange(1, SUMMED + 1, device="cpu") * 2654435761 % numel
 
 
 def _are_names(value: object) -> bool:
