@@ -275,17 +275,23 @@ class LoRALinear(InjectedModule):
         if self._original is None:
             yield
             return
-        (original,), merged = self._original, self.base.weight
+        (original,), merged, update = self._original, self.base.weight, self._update_state()
         self.unmerge()
         try:
             yield
         finally:
             now = plain_weight(self.base)
-            if now is original and (now.device, now.dtype) == (merged.device, merged.dtype):
+            same = now is original and (now.device, now.dtype) == (merged.device, merged.dtype)
+            if same and self._update_state() == update:
                 self._original = (original,)
                 put_parameter(self.base, "weight", merged)  # type: ignore[arg-type]
-            else:  # moved, cast or tied meanwhile
+            else:  # moved, cast, tied, loaded or trained meanwhile
                 self.merge()
+
+    def _update_state(self) -> list[tuple[int, int]]:
+        """Return what tells whether A or B was replaced or written to since."""
+        parameters = (self.lora_A, self.lora_B)
+        return [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
 
     @torch.no_grad()
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:

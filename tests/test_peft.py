@@ -384,7 +384,7 @@ def test_what_peft_passes_over_in_silence_is_an_error_here(tmp_path: Path) -> No
     stray = {"base_model.model.bert.encoder.layer.7.attention.self.query.lora_A.weight": torch.ones(4, 16)}
     rewrite(tmp_path, {**tensors_of(tmp_path), **stray})
     peft.PeftModel.from_pretrained(fresh("bert"), tmp_path)
-    with pytest.raises(CheckpointError, match=r"layer\.7\.attention\.self\.query' has no lora_B"):
+    with pytest.raises(CheckpointError, match=r"layer\.7\.attention\.self\.query': no lora_B"):
         minilora.load(fresh("bert"), tmp_path)
 
 
@@ -395,7 +395,7 @@ def test_tensors_and_config_must_say_the_same(tmp_path: Path) -> None:
         r"'bert\.encoder\.layer\.\*\.attention\.self\.value' \(x2\): targeted by the config": {
             key: tensor for key, tensor in good.items() if "value" not in key
         },
-        r"layer\.0\.attention\.self\.query' has no lora_B": {
+        r"layer\.0\.attention\.self\.query': no lora_B": {
             key: tensor for key, tensor in good.items() if "0.attention.self.query.lora_B" not in key
         },
         r"key'.*the config does not target it": {
@@ -572,13 +572,14 @@ def test_nothing_of_our_own_in_the_config_and_the_same_bytes_each_time(tmp_path:
     minilora.save(minilora.merge(model), tmp_path / "b", format="peft")
     assert set(config_of(tmp_path / "a")) <= set(peft.LoraConfig.__dataclass_fields__)
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     with safetensors.safe_open(tmp_path / "a" / "adapter_model.safetensors", framework="pt") as file:
-        assert set(file.metadata()) == {"format", "minilora_base", "minilora_sha256"}
+        assert set(file.metadata()) == {"format", "minilora_base", "minilora_config", "minilora_sha256"}
 
 
 def test_vllm_finds_the_fields_that_it_reads(tmp_path: Path) -> None:

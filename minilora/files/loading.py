@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..module import InjectedModule, device_of
-from ..names import described
+from ..names import above, described
 from ..plan import Manifest, Problems, build
 from ..sites import Site, Sites, require_unwrapped
 from ..training import freeze
@@ -169,31 +169,26 @@ def _read_values(
     if extra := [key for key in announced.entries if key not in expected]:
         problems.append(f"in the file, but called for by nothing: {described(extra)}")
     misfits, rounded = Problems(), Problems()
-    heads = {f"{name}." for name in announced.manifest.trainable}
+    heads = set(announced.manifest.trainable)
     for key, target in expected.items():
         if (entry := announced.entries.get(key)) is None:
             continue
         if entry.shape != tuple(target.shape):
-            misfits.add(key, f"has shape {entry.shape}, the model needs {tuple(target.shape)}")
+            misfits.add(key, f"shape {entry.shape}, the model needs {tuple(target.shape)}")
             continue
         if not _holds(target.dtype, entry.dtype):
-            if not (
-                announced.rounds_heads
-                and _are_floats(target.dtype, entry.dtype)
-                and key.startswith(tuple(heads))
-            ):
+            in_head = not heads.isdisjoint(above(key))
+            if not (announced.rounds_heads and in_head and _are_floats(target.dtype, entry.dtype)):
                 misfits.add(
                     key,
-                    f"is {entry.dtype}, which {target.dtype} cannot hold without loss; load into a model of "
+                    f"{entry.dtype}, which {target.dtype} cannot hold without loss; load into a model of "
                     f"{entry.dtype} and cast it afterwards",
                 )
                 continue
-            rounded.add(
-                key, f"is {entry.dtype} in the file and rounded to the model's {target.dtype}, as PEFT does"
-            )
+            rounded.add(key, f"{entry.dtype}, rounded to the model's {target.dtype}, as PEFT does")
         tensors[key] = entry.read()
         if not is_finite(tensors[key]):
-            misfits.add(key, "is not finite")
+            misfits.add(key, "not finite")
     return tensors, problems + misfits.lines(), rounded.lines()
 
 

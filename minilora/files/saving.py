@@ -83,9 +83,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
     problems = Problems()
     for key, tensor in tensors.items():
         if tensor.is_meta:
-            problems.add(key, "is on the meta device and has no values")
+            problems.add(key, "on the meta device, without values")
         elif not is_finite(tensor):
-            problems.add(key, "is not finite")
+            problems.add(key, "not finite")
     if problems:
         raise CheckpointError(several(problems.lines(), outcome="nothing has been written"))
     if thawed := thawed_parameters(model, injected):

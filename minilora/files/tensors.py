@@ -106,9 +106,9 @@ class TensorFile:
                 f"{str(path)!r} is not a sound safetensors file: its header claims {length} bytes, and "
                 f"{MAX_HEADER_BYTES} are the most that is read"
             )
-        text = file.read(length)
-        if size < 8 or len(text) < length:
+        if size < 8 + length:
             raise self._unsound("it ends inside its header")
+        text = file.read(length)
         self._begin = 8 + length
         self._metadata, self._tensors = self._parsed(text, size - self._begin)
 

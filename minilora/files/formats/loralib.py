@@ -88,7 +88,7 @@ def _is_whole(name: str, sites: Sites, given: set[str]) -> bool:
 def _problem(pair: Mapping[str, Entry], r: int) -> str | None:
     """Return what is wrong with A and B of a site, or None."""
     if missing := {"lora_A", "lora_B"} - set(pair):
-        return f"the file has no {missing.pop()} for it"
+        return f"no {missing.pop()} in the file"
     shape_a, shape_b = pair["lora_A"].shape, pair["lora_B"].shape
     if len(shape_a) != 2 or len(shape_b) != 2:
         return f"A and B, {shape_a} and {shape_b}, are no matrices"

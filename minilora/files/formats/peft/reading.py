@@ -178,7 +178,7 @@ def _sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[P
 def _pair_problem(pair: Mapping[str, Entry]) -> str | None:
     """Return what is wrong with A and B of a site, or None."""
     if missing := {"A", "B"} - set(pair):
-        return f"the file has no lora_{missing.pop()} for it"
+        return f"no lora_{missing.pop()} in the file"
     shape_a, shape_b = pair["A"].shape, pair["B"].shape
     if not len(shape_a) == len(shape_b) == 2:
         return f"A has {len(shape_a)} dimensions; convolutions are not supported yet"

@@ -17,7 +17,7 @@ from ....errors import CheckpointError, several
 from ....names import above, described, natural
 from ....plan import Manifest
 from ....sites import Sites
-from ...atomic import new_folder, write_together
+from ...atomic import new_folder, write_together, write_whole
 from ...contents import Contents
 from ...tensors import Entry, chunks_of, entries_of
 from .. import native
@@ -75,7 +75,8 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         write_together(path, files)
     else:
         with new_folder(path) as folder:
-            write_together(folder, files)
+            for name, chunks in files.items():
+                write_whole(folder / name, chunks)
 
 
 def _said_otherwise(
