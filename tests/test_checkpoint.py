@@ -206,7 +206,9 @@ def test_load_is_not_for_meta_or_wrapped_models(file):
 
 def test_the_base_may_be_in_another_dtype_but_nothing_trained_loses_precision_unasked(file, tmp_path):
     load_changes_nothing(
-        mlp().bfloat16(), file, "'classifier.weight', 'classifier.bias': torch.float32, which torch.bfloat16 cannot"
+        mlp().bfloat16(),
+        file,
+        "'classifier.weight', 'classifier.bias': torch.float32, which torch.bfloat16 cannot",
     )
     model = randomise(minilora.inject(mlp(), "up"))
     minilora.save(model, tmp_path / "a.safetensors")
@@ -265,7 +267,10 @@ ALTERED = {
     "kind no string": (say(injections=[{"kind": ["x"], "config": {}, "sites": []}]), "unknown kind"),
     "sites no names": (site(0, 3), "no list of names"),
     "trainable no list": (say(trainable="classifier"), "no list of names"),
-    "unknown field": (field(dora=True), "(?s)config in the header is not valid: .*LoRAConfig has no argument 'dora'"),
+    "unknown field": (
+        field(dora=True),
+        "(?s)config in the header is not valid: .*LoRAConfig has no argument 'dora'",
+    ),
     "bad field": (field(r=0), "r must be an int from 1 to"),
     "huge number": (field(alpha=10**400), "alpha must be a finite number"),
     "another rank": (field(r=5), r"'up.lora_A': shape \(4, 16\), the model needs \(5, 16\)"),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import CheckpointError, quoted
-from ..names import above
+from ..errors import CheckpointError
+from ..names import described, outermost_of
 from ..plan import Manifest
 from ..sites import Sites
 from .fingerprint import Fingerprint
@@ -59,7 +59,7 @@ class Announced:
             CheckpointError: for tensors, unread, that lie in nothing that the manifest names.
         """
         known = {name for name, _ in self.manifest.placed()}
-        if strays := [key for key in self.entries if known.isdisjoint(above(key))]:
-            raise CheckpointError(f"in the file, but called for by nothing: {quoted(strays)}")
+        if strays := [key for key in self.entries if outermost_of(key, known) is None]:
+            raise CheckpointError(f"in the file, but called for by nothing: {described(strays)}")
         tensors = {name: entry.read() for name, entry in self.entries.items()}
         return Contents(self.manifest, tensors, self.base, self.damage(tensors), self.notes)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..module import InjectedModule, device_of
-from ..names import above, described
+from ..names import described, outermost_of
 from ..plan import Manifest, Problems, build
 from ..sites import Site, Sites, require_unwrapped
 from ..training import freeze
@@ -177,7 +177,7 @@ def _read_values(
             misfits.add(key, f"shape {entry.shape}, the model needs {tuple(target.shape)}")
             continue
         if not _holds(target.dtype, entry.dtype):
-            in_head = not heads.isdisjoint(above(key))
+            in_head = outermost_of(key, heads) is not None
             if not (announced.rounds_heads and in_head and _are_floats(target.dtype, entry.dtype)):
                 misfits.add(
                     key,

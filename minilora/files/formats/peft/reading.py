@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....config import LoRAConfig
 from ....errors import CheckpointError, MiniLoRAError, quoted, several
+from ....linear import linear_shape
 from ....names import above, described, natural
 from ....plan import Manifest, Problems, grouped
 from ....sites import Sites
@@ -249,6 +250,9 @@ def _disagreements(config: PeftLoraConfig, pairs: set[str], heads: set[str], sit
         - targeted,
         "caught by modules_to_save on this model, but without tensors in the file": saved - inner - heads,
         "caught by modules_to_save inside a module that it catches too": inner,
+        "LoRA on what is no linear layer, which PEFT lays out in a way that is not read yet": {
+            name for name in pairs & set(sites) if linear_shape(sites[name].bare) is None
+        },
         "shared by several parents, where PEFT adapts the first alone": (pairs | heads) & sites.shared(),
     }
     return [f"{described(sorted(names, key=natural))}: {text}" for text, names in found.items() if names]
