@@ -16,6 +16,7 @@ from torch import nn
 
 import minilora
 from minilora import AdapterConfig, CheckpointError, LoRAConfig, MiniLoRAError
+from minilora.files.tensors import TensorFile
 
 TESTS = Path(__file__).parent
 
@@ -542,3 +543,106 @@ def test_another_base_is_refused_unless_told_otherwise(file):
     load_changes_nothing(model, file, r"not the base that the adapter was trained on.*check_base=False")
     minilora.load(model, file, check_base=False)
     assert raw(model.up.lora_A) == raw(trained().up.lora_A)
+
+
+# What a new user meets
+
+
+def test_what_trains_and_is_not_saved_is_told(file):
+    model = trained()
+    model.up.base.bias.requires_grad_(True)
+    model.extra = nn.Sequential(nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match=r"trained, but not saved, since no injection brought it") as told:
+        minilora.save(model, file)
+    text = str(told[0].message)
+    assert "'up.base.bias', 'extra.*.weight', 'extra.*.bias'" in text.replace("extra.0", "extra.*")
+    assert "inject(..., trainable=[...])" in text
+    assert "minilora.freeze(model)" in text
+    assert told[0].filename == __file__
+    minilora.freeze(model)
+    minilora.save(model, file)  # without a warning, which would be an error here
+
+
+def test_layers_that_fit_badly_in_the_same_way_are_one_line(tmp_path):
+    def stack(width):
+        return nn.Sequential(*(nn.ModuleDict({"query": nn.Linear(width, width)}) for _ in range(12)))
+
+    minilora.save(minilora.inject(stack(4), "query", LoRAConfig(r=2)), tmp_path / "a")
+    message = load_changes_nothing(stack(6), tmp_path / "a", "2 problems")
+    assert message.splitlines()[1:] == [
+        "  - '*.query.lora_A' (x12): shape (2, 4), the model needs (2, 6)",
+        "  - '*.query.lora_B' (x12): shape (4, 2), the model needs (6, 2)",
+    ]
+
+
+def test_the_default_device_does_not_matter(file, tmp_path):
+    expected, model, fresh, third = file.read_bytes(), trained(), mlp(), lora_alone()
+    with torch.device("meta"):
+        minilora.save(model, tmp_path / "again")
+        minilora.load(fresh, file)
+        minilora.save(third, tmp_path / "peft", format="peft")
+        minilora.load(minilora.eject(model), tmp_path / "peft")
+    assert (tmp_path / "again").read_bytes() == expected
+    assert state(fresh) == state(trained())
+    assert state(model) == state(third)
+
+
+@pytest.mark.parametrize("format", ["minilora", "peft"])
+def test_saving_and_loading_pin_no_storage(format, tmp_path):
+    """FSDP resizes the storage of what it shards, which numpy's view of a tensor forbids for ever."""
+    model = lora_alone()
+    minilora.save(model, tmp_path / "a", format=format)
+    again = minilora.load(mlp(), tmp_path / "a")
+    for each in (model, again):
+        assert all(parameter.untyped_storage().resizable() for parameter in each.parameters())
+
+
+class Filling(nn.Linear):
+    """A layer that fills in what an old checkpoint lacks, as loaders in the wild do."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.setdefault(prefix + "bias", torch.zeros(self.out_features))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def test_the_bases_own_loader_does_not_run(tmp_path):
+    model = nn.Sequential(Filling(8, 8))
+    bias = raw(model[0].bias)
+    minilora.save(minilora.inject(model, "0", LoRAConfig(r=2)), tmp_path / "a")
+    minilora.load(model, tmp_path / "a")
+    assert raw(model[0].base.bias) == bias
+    minilora.load(minilora.eject(model), tmp_path / "a")
+    assert raw(model[0].base.bias) == bias
+
+
+def test_a_load_beside_saves_finds_one_of_them(tmp_path):
+    """Only whole files ever stand under the name; a load takes one of them, header and values."""
+    for seed in (0, 1):
+        minilora.save(trained(seed=seed), tmp_path / f"{seed}")
+    real = TensorFile.get_tensor
+
+    def replaced_before_values_are_read(self, name):
+        if (tmp_path / "1").exists():
+            os.replace(tmp_path / "1", tmp_path / "0")
+        return real(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorFile, "get_tensor", replaced_before_values_are_read)
+        assert state(minilora.load(mlp(), tmp_path / "0")) == state(trained(seed=0))
+    assert state(minilora.load(mlp(), tmp_path / "0")) == state(trained(seed=1))
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "peft"])
+def test_files_of_version_0_1_0(name):
+    fixtures = TESTS / "fixtures" / "0.1.0"
+    model = mlp()
+    model.load_state_dict(safetensors.torch.load_file(fixtures / "base.safetensors"))
+    bare = CASES["mlp"].run(model)
+    expected = safetensors.torch.load_file(fixtures / "expected.safetensors")[name]
+    found = CASES["mlp"].run(minilora.load(model, fixtures / name))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found - bare).abs().max() > 0.1
+    assert [type(w).__name__ for w in injected_modules(model)["down"]] == (
+        ["Adapter", "LoRALinear"] if name == "adapter.safetensors" else ["LoRALinear"]
+    )
+    assert model.up.scaling == 1.5
