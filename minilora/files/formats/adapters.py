@@ -139,9 +139,10 @@ def _description_problems(description: object) -> Iterator[str]:
     if architecture not in (None, "lora"):
         yield f"architecture is {architecture!r}; LoRA and bottleneck adapters are supported"
         return
-    for name in ("leave_out", "attn_matrices"):
-        if not isinstance(fields.get(name, []), list):
-            yield f"{name} is {fields[name]!r:.100}, and not a list"
+    for name, kind in (("leave_out", int), ("attn_matrices", str)):
+        value = fields.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+            yield f"{name} is {value!r:.100}, and not a list of {kind.__name__}"
     must_be = LORA_MUST_BE if architecture == "lora" else BOTTLENECK_MUST_BE
     for name, (needed, reason) in must_be.items():
         if (value := fields.get(name, needed)) != needed:
@@ -213,11 +214,11 @@ def _before_1_1(version: object) -> bool:
 
 def _disagreements(fields: Mapping[str, Any], sites: set[str], present: Sites) -> list[str]:
     """Return the sites that the config asks for on this model and the file lacks, and the other way round."""
-    expected = set()
-    for name in present:
-        match = re.fullmatch(r"(?:.*\.)?encoder\.layer\.(\d+)\.(.+)", name)
-        if match and int(match[1]) not in fields.get("leave_out", ()) and match[2] in _places(fields):
-            expected.add(name)
+    left_out, places = set(map(str, fields.get("leave_out", ()))), _places(fields)
+    matches = {name: re.fullmatch(r"(?:.*\.)?encoder\.layer\.(\d+)\.(.+)", name) for name in present}
+    expected = {
+        name for name, match in matches.items() if match and match[1] not in left_out and match[2] in places
+    }
     found = {
         "asked for by the config on this model, but without tensors in the file": expected - sites,
         "with tensors in the file, but not asked for by the config on this model": sites - expected,

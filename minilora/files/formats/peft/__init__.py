@@ -11,15 +11,17 @@ patterns must say the same. Nothing of minilora's own goes into the config, wher
 not know. The base's fingerprint, a checksum, and a digest of what the config means go into the tensors'
 header, which PEFT and vLLM do not read.
 
+reader.py     from the two files to what they announce
+writer.py     from an adapter to the files
 config.py     what the config says, and which of its fields can be honoured
+fields.py     a JSON object's fields, each checked as it is taken
 matching.py   PEFT's rules for names, followed to the letter
-reading.py    from the two files to what they announce
-writing.py    from an adapter to the two files
+task.py       what the config tells of the model
 card.py       README.md
 """
 
 from .config import CONFIG_FILE
-from .reading import TENSOR_FILE, reading
-from .writing import write
+from .reader import TENSOR_FILE, reading
+from .writer import write
 
 __all__ = ["CONFIG_FILE", "TENSOR_FILE", "reading", "write"]

@@ -62,6 +62,8 @@ def _metadata(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {json.dumps(f'base_model:adapter:{base}')}"
     yield "- lora"
     yield "- minilora"
+    if task is not None or config["auto_mapping"] is not None:
+        yield "- transformers"
     yield "---"
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ....errors import quoted
-from . import matching
+from .matching import around_pattern, expression_problem
 
 # Initialisations that touch A and B only. All others replace the base's weights when an adapter is loaded.
 HARMLESS_INITS: dict[object, str] = {
@@ -102,20 +101,15 @@ class Fields:
 
     def require_expression(self, name: str, text: str, around: Callable[[str], str]) -> None:
         """Note a problem unless a text is a regular expression, by itself and as part of another."""
-        if matching.is_plain(text):
-            return
-        try:
-            re.compile(text)
-            re.compile(around(text))
-        except (re.error, RecursionError, OverflowError) as error:
-            self.problems.append(f"{name}: {text!r:.100} is not a valid regular expression: {error}")
+        if problem := expression_problem(text, around):
+            self.problems.append(f"{name}: {text!r:.100} {problem}")
 
     def _pattern(self, name: str, valid: Callable[[object], bool], what: str) -> Mapping[str, Any]:
         value: dict[str, Any] = self._take(
             name, {}, lambda v: isinstance(v, dict) and all(map(valid, v.values())), what
         )
         for key in value:
-            self.require_expression(name, key, matching.around_pattern)
+            self.require_expression(name, key, around_pattern)
         return value
 
     def _take(self, name: str, default: Any, valid: Callable[[Any], bool], what: str) -> Any:

@@ -187,6 +187,18 @@ def is_plain(text: str) -> bool:
     return _plain(text) is not None
 
 
+def expression_problem(text: str, around: Callable[[str], str]) -> str | None:
+    """Return why a text is no regular expression, by itself or as part of another; None where it is one."""
+    if is_plain(text):
+        return None
+    try:
+        re.compile(text)
+        re.compile(around(text))
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"is not a valid regular expression: {error}"
+    return None
+
+
 def _plain(text: str) -> tuple[str, tuple[int, ...], bool] | None:
     """Return an expression as characters, the places of its dots, and whether it begins with "^".
 

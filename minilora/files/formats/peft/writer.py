@@ -23,8 +23,8 @@ from ...tensors import Entry, chunks_of, entries_of
 from .. import native
 from .card import CARD_FILE, may_be_replaced, model_card
 from .config import CONFIG_FILE, PeftLoraConfig
-from .matching import Expressions, LooseEnds, around_left_out, ends, runs
-from .reading import MEANING_KEY, TENSOR_FILE, announced, peft_name
+from .matching import Expressions, LooseEnds, around_left_out, ends, expression_problem, runs
+from .reader import MEANING_KEY, TENSOR_FILE, announced, peft_name
 from .task import auto_mapping, task_of
 
 Configs = Mapping[str, LoRAConfig]
@@ -122,6 +122,9 @@ def _inexpressible(manifest: Manifest) -> Iterator[str]:
             )
     if not configs:
         yield "PEFT needs at least one LoRA site"
+    for name in manifest.trainable:
+        if problem := expression_problem(name, around_left_out):
+            yield f"{name!r}: PEFT takes it for an expression among modules_to_save, and as such it {problem}"
     for field in ("dropout", "rslora", "init"):
         if len(values := {getattr(config, field) for config in configs}) > 1:
             shown = ", ".join(sorted(map(repr, values)))
