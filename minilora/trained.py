@@ -130,9 +130,6 @@ class TrainedParameter(Substitution):
         """Return the copy under the parameter's own name."""
         return {self.parameter: self.trained}
 
-    def signed_weight(self) -> None:
-        """Return nothing: what is trained in full says nothing of the base."""
-
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the base with the copy as its parameter."""
         put_parameter(bare_module(self), self.parameter, self.trained)
