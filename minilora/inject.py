@@ -74,7 +74,7 @@ def inject(
         head  x1  trained in full (Linear)          18  active
         ------------------------------------------------------
         trainable: 50 parameters, 55.6 % of the base's 90
-        LoRA reaches 80 % of the base's matrix weights; not 2
+        LoRA reaches 100 % of the base's matrix weights
     """
     require_unwrapped(model)
     sites = Sites(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import is_float_dtype, plain_dtype
 from .errors import MergeError, MiniLoRAError, quoted, several
 from .module import InjectedModule
-from .plan import Problems
+from .problems import Problems
 from .sites import Site, replace_modules, require_enabled, require_injected
 from .torch_internals import own_parameters, own_tensors, persistent_buffers, put_buffer
 

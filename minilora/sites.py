@@ -249,10 +249,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         if child in replacements
     ]
     try:
-        for parent, name, old in places:
-            new = old
+        for parent, name, new in places:
             while new in replacements:  # a wrapper that gives way to one that gives way
-                new = replacements[new]
+                new = replacements[new]  # noqa: PLW2901
             put_child(parent, name, new)
     except BaseException:
         for parent, name, old in places:

@@ -379,25 +379,6 @@ def test_fuse_nested_adapter_around_a_block():
     assert [type(m).__name__ for m in model] == ["Adapter", "Linear"]
 
 
-class Scaled(nn.Linear):
-    """An equalised learning rate: the call does more with the weight than F.linear."""
-
-    def forward(self, input):
-        return nn.functional.linear(input, self.weight * 0.1, self.bias)
-
-
-class InOut(nn.Module):
-    """A square weight of (in, out), of which nothing tells."""
-
-    def __init__(self):
-        super().__init__()
-        self.in_features = self.out_features = 16
-        self.weight = nn.Parameter(torch.randn(16, 16))
-
-    def forward(self, x):
-        return x @ self.weight
-
-
 def hooked():
     layer = nn.Linear(16, 16)
     layer.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -410,9 +391,11 @@ def replaced():
     return layer
 
 
-@pytest.mark.parametrize("make", [lambda: Scaled(16, 16), InOut, hooked, replaced])
+@pytest.mark.parametrize("make", [hooked, replaced])
 @pytest.mark.parametrize("tokens", [2, 200])
-def test_where_the_base_computes_in_its_own_way_the_update_comes_on_top_and_merging_is_refused(make, tokens):
+def test_where_an_instance_computes_in_its_own_way_the_update_comes_on_top_and_merging_is_refused(
+    make, tokens
+):
     model = nn.Sequential(make(), nn.Linear(16, 16))
     x = torch.randn(tokens, 16)
     plain = model[0](x)

@@ -7,7 +7,8 @@ from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig
-from minilora.plan import Manifest, Problems, build, grouped
+from minilora.plan import Manifest, build, grouped
+from minilora.problems import Problems
 from minilora.sites import Sites, injected_sites
 
 SMALL, BOTTLENECK = LoRAConfig(r=2), AdapterConfig(bottleneck=2)
@@ -81,9 +82,9 @@ def test_problems_are_collected_and_grouped():
     model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(3)])
     names = [f"{i}.1" for i in range(3)]
     assert lines(model, [(SMALL, (*names, "0.0", "0.0", "9.0"))], ["0.1", "1.0", "1.0"]) == [
-        "'*.*' (x3): GELU is not a linear layer",
+        "'*.*' (x3): GELU has no weight of its own",
         "'0.0': listed twice for lora",
-        "'9.0': the model has no such module; nearest: '2.0'",
+        "'9.0': the model has no such module or parameter; nearest: '2.0'",
         f"'0.1': {OVERLAPS} ('0.1'); choose one of the two",
         "'1.0': listed twice to be trained in full",
     ]
@@ -111,8 +112,8 @@ def test_a_tie_is_named_with_what_can_be_done():
     assert lines(Tied(), trainable=["head", "embedding"]) == [
         f"'head': trainable names a module whose weight is tied to 'embedding.weight'; {UNTIES} Give it as "
         "a target for LoRA instead, or untie the weights first",
-        f"'embedding': trainable names a module whose weight is tied to 'head.weight'; {UNTIES} Untie the "
-        "weights first",
+        f"'embedding': trainable names a module whose weight is tied to 'head.weight'; {UNTIES} Give it as "
+        "a target for LoRA instead, or untie the weights first",
     ]
 
 

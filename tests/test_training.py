@@ -115,6 +115,7 @@ def test_summary_prints_at_a_glance():
         "classifier  x1  trained in full (Linear)               51  active",
         "-----------------------------------------------------------------",
         "trainable: 391 parameters, 35.3 % of the base's 1,107",
+        "LoRA reaches 100 % of the base's matrix weights",
     ]
 
 

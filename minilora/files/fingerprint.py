@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, listed
 from ..linear import linear_shape
+from ..lora import LoRA
 from ..sites import Site
 from .tensors import FLOAT_DTYPES
 
@@ -137,17 +138,20 @@ class Fingerprint:
         signatures: dict[str, Signature] = {}
         unchecked: dict[str, str] = {}
         transposed: set[str] = set()
-        for name, site in injected.items():
-            wrapper = next((wrapper for wrapper in site.wrappers if wrapper.trains), None)
-            if wrapper is None or wrapper.trains_whole_module:
-                continue
-            if (shape := linear_shape(site.bare)) and shape.transposed:
-                transposed.add(name)
-            weight = wrapper.signed_weight()
-            if isinstance(weight, str):
-                unchecked[name] = weight
-            elif weight is not None:
-                signatures[name] = Signature.of(weight)
+        for owner, site in injected.items():
+            shape = linear_shape(site.bare)
+            for wrapper in site.wrappers:
+                name = wrapper.placed_at(owner)
+                if wrapper.config is None or name in signatures or name in unchecked:
+                    continue  # a head of a fresh base is random; and one weight is signed once
+                layout = wrapper.layout if isinstance(wrapper, LoRA) else None
+                if layout.transposed if layout else shape and shape.transposed:
+                    transposed.add(name)
+                weight = wrapper.signed_weight()
+                if isinstance(weight, str):
+                    unchecked[name] = weight
+                elif weight is not None:
+                    signatures[name] = Signature.of(weight)
         return cls(signatures, unchecked, frozenset(transposed))
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,9 +242,9 @@ def compare(recorded: Fingerprint, present: Fingerprint) -> Comparison:
 def _places(numel: int) -> Tensor:
     """Return at most SUMMED positions in a flat tensor, spread as if at random, the same at each call."""
     if numel <= SUMMED:
-        return torch.arange(numel)
+        return torch.arange(numel, device="cpu")
     # Steps of a fixed width would fall on few columns only; Knuth's multiplier scatters them.
-    return torch.arange(1, SUMMED + 1) * 2654435761 % numel
+    return torch.arange(1, SUMMED + 1, device="cpu") * 2654435761 % numel
 
 
 def _are_names(value: object) -> bool:
