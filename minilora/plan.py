@@ -249,8 +249,10 @@ def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> li
     for name, count in Counter(manifest.trainable).items():
         if problem := _missing(name, sites, problems):
             problems.add(name, f"to be trained in full, but {problem}")
-        elif (problem := "listed twice to be trained in full" if count > 1 else overlaps.get(name)) or (
-            problem := _tie(sites[name], sites)
+        elif problem := (
+            ("listed twice to be trained in full" if count > 1 else overlaps.get(name))
+            or _tie(sites[name], sites)
+            or _offloaded(sites[name])
         ):
             problems.add(name, problem)
         else:

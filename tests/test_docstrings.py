@@ -1,5 +1,6 @@
 """The examples in docstrings run and print what they say; every public name has one."""
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -17,7 +18,7 @@ MODULES = ["minilora", *(m.name for m in pkgutil.walk_packages(minilora.__path__
 
 def examples(module):
     """Return the examples of a module, each with a namespace of its own."""
-    names = vars(module) | {"minilora": minilora, "torch": torch, "nn": nn}
+    names = vars(module) | {"minilora": minilora, "torch": torch, "nn": nn, "copy": copy}
     found = doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__, globs=names)
     return [test for test in found if test.examples]
 
