@@ -45,6 +45,11 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         OSError: when the folder cannot be written.
     """
     problems = list(_inexpressible(contents.manifest))
+    if layers := (contents.base.layers if contents.base else {}):
+        problems.append(
+            f"{described(layers)}: PEFT's layout for LoRA on {', '.join(sorted(set(layers.values())))} is "
+            "not written yet; save this model in minilora's own format"
+        )
     if sites is not None and not problems:
         problems += _caught_otherwise(contents.manifest, sites)
     if problems:
