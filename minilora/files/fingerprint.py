@@ -254,8 +254,8 @@ def _places(numel: int) -> Tensor:
     return torch.arange(1, SUMMED + 1, device="cpu") * 2654435761 % numel
 
 
-def _layers(entries: dict[str, Any]) -> dict[str, str]:
-    value = entries.get("layers", {})
+def _layers(entries: object) -> dict[str, str]:
+    value = entries.get("layers", {}) if isinstance(entries, dict) else None
     if not isinstance(value, dict) or not all(isinstance(kind, str) for kind in value.values()):
         raise CheckpointError(f"the layers in the fingerprint of the base are not valid: {value!r:.200}")
     return dict(value)
