@@ -87,6 +87,8 @@ class Adapter(InjectedModule):
             m = max(1, int(min(widths.out / config.reduction_factor, 2.0**63)))  # type: ignore[operator]
         if m > WIDEST:
             raise TargetError(f"a bottleneck of {m} is wider than {WIDEST}, the most there can be")
+        if m * max(source, widths.out) > 2**59:  # torch counts bytes in 63 bits
+            raise TargetError(f"a bottleneck of {m} at a width of {widths.out} is beyond any memory")
         device, dtype = device or device_of(base), dtype_for(base, config.torch_dtype)
         # Made without values: nn.Linear's own draw would move torch's random state.
         self.adapter_down = nn.Linear(source, m, device="meta", dtype=dtype).to_empty(device=device)

@@ -28,11 +28,11 @@ class FrozenStatistics(InjectedModule):
         base: a module for which `keeps_statistics` holds.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).train()
         >>> model = minilora.inject(model, "0")
-        >>> _ = model(torch.randn(8, 4))
+        >>> _ = model(torch.randn(4, 8))
         >>> model[1].running_mean
-        tensor([0., 0., 0., 0.])
+        tensor([0., 0., 0., 0., 0., 0., 0., 0.])
     """
 
     kind = "statistics"

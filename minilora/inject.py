@@ -63,18 +63,18 @@ def inject(
             side of its layer.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> model = minilora.inject(model, targets=["0"], config=minilora.LoRAConfig(r=2), trainable=["2"])
+        >>> model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+        >>> model = minilora.inject(model, ["body"], minilora.LoRAConfig(r=2), trainable=["head"])
         >>> print(minilora.summary(model))
-        Sequential
-        ------------------------------------------------------------
+        ModuleDict
+        ------------------------------------------------------
         site      kind                      parameters  state
-        ------------------------------------------------------------
-        0     x1  LoRA r=2 alpha=16                 32  active
-        2     x1  trained in full (Linear)          18  active
-        ------------------------------------------------------------
+        ------------------------------------------------------
+        body  x1  LoRA r=2 alpha=16                 32  active
+        head  x1  trained in full (Linear)          18  active
+        ------------------------------------------------------
         trainable: 50 parameters, 55.6 % of the base's 90
-        LoRA reaches 80 % of the base's matrix weights; not 2
+        LoRA reaches 100 % of the base's matrix weights
     """
     require_unwrapped(model)
     sites = Sites(model)
@@ -116,7 +116,7 @@ def eject(model: nn.Module) -> nn.Module:
         MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> layer = model[0]
         >>> minilora.eject(minilora.inject(model, "0"))[0] is layer
         True

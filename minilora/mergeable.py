@@ -150,16 +150,22 @@ class Mergeable(Substitution):
             yield
             return
         (original,), merged = self._original, own_tensors(self.bare)[self.parameter]
+        trained = self._versions()
         self.unmerge()
         try:
             yield
         finally:
             now = own_tensors(self.bare).get(self.parameter)
-            if now is original and (now.device, now.dtype) == (merged.device, merged.dtype):
+            same = now is original and (now.device, now.dtype) == (merged.device, merged.dtype)
+            if same and self._versions() == trained:
                 self._original = (original,)
                 put_parameter(self.bare, self.parameter, merged)  # type: ignore[arg-type]
-            else:  # moved, cast or tied meanwhile
+            else:  # moved, cast, tied, loaded or trained meanwhile
                 self.merge()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Return what tells whether something that is trained here was replaced or written to since."""
+        return [(id(t), 0 if t.is_inference() else t._version) for t in self.saved_state().values()]
 
     @torch.no_grad()
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:

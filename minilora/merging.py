@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import is_float_dtype, plain_dtype
 from .errors import MergeError, MiniLoRAError, quoted, several
 from .module import InjectedModule
-from .plan import Problems
+from .problems import Problems
 from .sites import Site, replace_modules, require_enabled, require_injected
 from .torch_internals import own_parameters, own_tensors, persistent_buffers, put_buffer
 
@@ -34,7 +34,7 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
         MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0").eval()
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0").eval()
         >>> minilora.merge(model)[0].merged
         True
     """
@@ -62,7 +62,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         MiniLoRAError: when the model carries no injection.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
         >>> weight = model[0].base.weight
         >>> minilora.unmerge(minilora.merge(model))[0].base.weight is weight
         True
@@ -102,9 +102,9 @@ def fuse(
         UserWarning: when a fused weight was tied to another one, from which it now differs.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
         >>> minilora.fuse(model, dtype="bfloat16")[0]
-        Linear(in_features=4, out_features=2, bias=True)
+        Linear(in_features=8, out_features=8, bias=True)
     """
     to: torch.dtype | None = plain_dtype(dtype)
     if to is not None and not is_float_dtype(to):
@@ -149,8 +149,8 @@ def _mergeable(
 
 
 def _beyond(model: nn.Module, dtype: torch.dtype, wrappers: Iterable[InjectedModule]) -> list[str]:
-    """Return the tensors with values too large for a dtype, but for those that merging replaces."""
-    replaced = {id(p) for wrapper in wrappers for p in wrapper.replaced_by_merging()}
+    """Return the tensors with values too large for a dtype, but for those that fusing replaces or lets go."""
+    gone = {id(t) for w in wrappers for t in (*w.replaced_by_merging(), *own_tensors(w).values())}
     largest = torch.finfo(dtype).max
     found = [
         name
@@ -158,7 +158,7 @@ def _beyond(model: nn.Module, dtype: torch.dtype, wrappers: Iterable[InjectedMod
         if isinstance(tensor, Tensor)
         and is_float_dtype(tensor.dtype)
         and torch.finfo(tensor.dtype).max > largest
-        and id(tensor) not in replaced
+        and id(tensor) not in gone
         and not tensor.is_meta
         and tensor.numel()
         and bool((torch.isfinite(tensor) & (tensor.abs() > largest)).any())

@@ -34,11 +34,11 @@ class InjectedModule(nn.Module):
     `layer.in_features` or `block.num_heads` goes on working.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(16, 8)), "0")
         >>> isinstance(model[0], minilora.InjectedModule), type(model[0].base).__name__
         (True, 'Linear')
         >>> model[0].in_features
-        4
+        16
     """
 
     kind: ClassVar[str]

@@ -123,7 +123,7 @@ def nearest(word: str, names: Iterable[str], limit: int = 3) -> list[str]:
     choices = list(dict.fromkeys(names))
     found = difflib.get_close_matches(word, choices, n=limit, cutoff=0.6)
     depth = word.count(".")
-    found += [name for name in choices if word in name and name.count(".") == depth]
+    found += [name for name in choices if word and word in name and name.count(".") == depth]
     parts = [part for part in re.split(r"[._]", word.lower()) if part]
     if parts and not found:
         first = parts[0]

@@ -24,6 +24,7 @@ from .lora import LoRA
 from .lora_linear import LoRALinear
 from .module import InjectedModule, bare_module, device_of
 from .names import above, described, nearest
+from .problems import Problems
 from .sites import Site, Sites, replace_modules
 from .torch_internals import has_hooks, own_parameters
 from .trained import TrainableHead, TrainedParameter
@@ -69,24 +70,6 @@ def grouped(placed: Iterable[tuple[Config, str]]) -> tuple[tuple[Config, tuple[s
     for config, site in placed:
         groups.setdefault(config, []).append(site)
     return tuple((config, tuple(sites)) for config, sites in groups.items())
-
-
-class Problems:
-    """What is wrong with which site; sites of the same problem become one line."""
-
-    def __init__(self) -> None:
-        self._sites: dict[str, list[str]] = {}
-
-    def add(self, site: str, problem: str) -> None:
-        """Note a problem."""
-        self._sites.setdefault(problem, []).append(site)
-
-    def __len__(self) -> int:
-        return len(self._sites)
-
-    def lines(self, hint: Callable[[list[str]], str] = lambda sites: "") -> list[str]:
-        """Return a line for each problem, with what `hint` has to say to its sites."""
-        return [f"{described(sites)}: {text}{hint(sites)}" for text, sites in self._sites.items()]
 
 
 @dataclass
@@ -146,7 +129,8 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
         frozen = any(isinstance(wrapper, FrozenStatistics) for wrapper in site.wrappers)
         if keeps_statistics(site.bare) and not frozen:
             plan.add(site, FrozenStatistics, FrozenStatistics.position)
-    in_full = _trained_in_full(manifest, sites, problems)
+    of_trainable = Problems()
+    in_full = _trained_in_full(manifest, sites, of_trainable)
     for site in in_full:
         if site.parameter is not None:
             add(site, partial(TrainedParameter, parameter=site.parameter), TrainedParameter.position)
@@ -160,6 +144,7 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
             device = torch.device("meta") if without_values else device_of(sites[name].bare, default)
             make = partial(_wrapper, config=config, site=sites[name], device=device)
             add(sites[name], make, WRAPPERS[config.kind].position)
+    problems += of_trainable
     for site in in_full:
         if site.parameter is None:
             add(site, TrainableHead, TrainableHead.position)
@@ -188,8 +173,12 @@ def _wrapper(base: nn.Module, config: Config, site: Site, device: torch.device) 
 
 
 def _runs_its_own_code(linear: nn.Module) -> bool:
-    """Return whether a linear layer must be run by its own code, because it does more than F.linear."""
-    return plain_weight(linear) is not None and not has_hooks(linear) and call_problem(linear) is not None
+    """Return whether a linear layer's class computes something else from its weight than F.linear does.
+
+    Where hooks or a forward on the instance do, the layer is called as it is, and cannot be merged.
+    """
+    on_the_instance = has_hooks(linear) or "forward" in vars(linear)
+    return plain_weight(linear) is not None and not on_the_instance and call_problem(linear) is not None
 
 
 def _missing(name: str, sites: Sites, problems: Problems) -> str | None:
@@ -260,8 +249,10 @@ def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> li
     for name, count in Counter(manifest.trainable).items():
         if problem := _missing(name, sites, problems):
             problems.add(name, f"to be trained in full, but {problem}")
-        elif (problem := "listed twice to be trained in full" if count > 1 else overlaps.get(name)) or (
-            problem := _tie(sites[name], sites)
+        elif problem := (
+            ("listed twice to be trained in full" if count > 1 else overlaps.get(name))
+            or _tie(sites[name], sites)
+            or _offloaded(sites[name])
         ):
             problems.add(name, problem)
         else:

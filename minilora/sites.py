@@ -238,11 +238,22 @@ def require_module(model: object) -> None:
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in the place of the old one, under all of the old one's parents."""
-    for parent in list(model.modules()):
-        for name, child in children(parent):
-            new = child
+    """Put each new module in the place of the old one, under all of the old one's parents.
+
+    Interrupted, it leaves the model as it was.
+    """
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in children(parent)
+        if child in replacements
+    ]
+    try:
+        for parent, name, new in places:
             while new in replacements:  # a wrapper that gives way to one that gives way
-                new = replacements[new]
-            if new is not child:
-                put_child(parent, name, new)
+                new = replacements[new]  # noqa: PLW2901
+            put_child(parent, name, new)
+    except BaseException:
+        for parent, name, old in places:
+            put_child(parent, name, old)
+        raise

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import listed
 from .mergeable import Mergeable
 from .module import InjectedModule
-from .names import generic
+from .names import generic, outermost_of
 from .sites import Sites, injected_sites, require_unwrapped
 from .torch_internals import own_parameters
 from .training import added_tensors, thawed_parameters
@@ -20,7 +19,7 @@ class SummaryRow:
     """One line of a summary: sites that differ in their indices only.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)), "all-linear")
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "all-linear")
         >>> row = minilora.summary(model).rows[0]
         >>> row.sites, row.count, row.description, row.state
         ('*', 2, 'LoRA r=8 alpha=16', 'active')
@@ -56,9 +55,10 @@ class Summary:
     base: int
     """Number of parameters of the base model."""
     reached: float | None = None
-    """The share of the base's matrix weights that LoRA reaches, from 0 to 1; None where there is no LoRA."""
+    """The share of the base's matrix weights under LoRA, from 0 to 1, but for modules trained in full; None
+    where there is no LoRA."""
     left_out: tuple[tuple[str, int], ...] = ()
-    """The modules whose matrix weights LoRA does not reach, by generic names, with their number."""
+    """The modules whose matrix weights LoRA does not reach, by size: generic name and number."""
 
     def __str__(self) -> str:
         header = ("site", "", "kind", "parameters", "state")
@@ -76,9 +76,9 @@ class Summary:
         total = f"trainable: {self.trainable:,} parameters, {share:.3g} % of the base's {self.base:,}"
         lines = [self.model, rule, lines[0], rule, *lines[1:], rule, total]
         if self.reached is not None:
-            left = listed([f"{name} (x{n})" if n > 1 else name for name, n in self.left_out])
-            reach = f"LoRA reaches {100 * self.reached:.3g} % of the base's matrix weights"
-            lines.append(f"{reach}; not {left}" if left else reach)
+            lines.append(f"LoRA reaches {100 * self.reached:.3g} % of the base's matrix weights")
+            lines += [f"    not {name} x{n}" for name, n in self.left_out[:4]]
+            lines += [f"    and {len(self.left_out) - 4} more"] if len(self.left_out) > 4 else []
         return "\n".join(lines)
 
 
@@ -150,14 +150,17 @@ def _reach(model: nn.Module) -> tuple[float | None, tuple[tuple[str, int], ...]]
     sites = Sites(model)
     found = [w for site in sites.unique() for w in site.wrappers if isinstance(w, Mergeable)]
     under = {id(parameter) for wrapper in found for parameter in wrapper.replaced_by_merging()}
+    trained = {s.name for s in sites.unique() if any(w.trains_whole_module for w in s.wrappers)}
     all_of_it = reached = 0
-    left: dict[str, int] = {}
+    left: dict[str, list[int]] = {}
     seen: set[int] = set()
     for site in sites.parameters():
         parameter = own_parameters(site.bare)[site.parameter or ""]
         covered = any(w in site.wrappers and w.parameter == site.parameter for w in found)
         if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
             continue
+        if outermost_of(site.owner, trained) is not None:
+            continue  # trained in full
         if id(parameter) in seen and not covered:
             continue  # tied: counted once
         seen.add(id(parameter))
@@ -166,6 +169,8 @@ def _reach(model: nn.Module) -> tuple[float | None, tuple[tuple[str, int], ...]]
             reached += parameter.numel()
         else:
             name = generic(site.owner if site.parameter == "weight" else site.name)
-            left[name] = left.get(name, 0) + 1
-    share = reached / all_of_it if found and all_of_it else None
-    return share, tuple(left.items()) if found else ()
+            left.setdefault(name, []).append(parameter.numel())
+    if not found or not all_of_it:
+        return None, ()
+    largest_first = sorted(left.items(), key=lambda item: -sum(item[1]))
+    return reached / all_of_it, tuple((name, len(sizes)) for name, sizes in largest_first)

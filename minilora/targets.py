@@ -217,6 +217,10 @@ def _hint(target: Target, sites: Sites) -> str:
         return f"; did you mean {ALL_LINEAR!r}?"
     if re.search(r"[*+?\[\]()|^$\\]", target):
         return "; a string is a name, not a pattern: did you mean re.compile(...)?"
-    counts = suffix_counts((*sites, *(site.name for site in sites.parameters())))
+    return _nearest(target, sites) or _nearest(target, [site.name for site in sites.parameters()])
+
+
+def _nearest(target: str, names: Iterable[str]) -> str:
+    counts = suffix_counts(names)
     near = ", ".join(f"{name!r} (x{counts[name]})" for name in nearest(target, counts))
     return f"; nearest: {near}" if near else ""

@@ -32,7 +32,7 @@ class TrainableHead(InjectedModule):
         TargetError: when there is nothing in it that could be trained.
 
     Example:
-        >>> model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+        >>> model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
         >>> model = minilora.inject(model, "body", trainable=["head"])
         >>> type(model["head"]).__name__, model["head"].base.weight.requires_grad
         ('TrainableHead', False)
@@ -96,9 +96,9 @@ class TrainedParameter(Substitution):
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-        >>> model = minilora.inject(model, "0", trainable=["1.bias"])
-        >>> [name for name in minilora.adapter_state_dict(model) if "lora" not in name]
-        ['1.bias']
+        >>> model = minilora.inject(model, "0", minilora.LoRAConfig(r=1), trainable=["1.bias"])
+        >>> type(model[1]).__name__, model[1].bias is model[1].trained
+        ('TrainedParameter', True)
     """
 
     kind = "trainable"
@@ -129,9 +129,6 @@ class TrainedParameter(Substitution):
     def saved_state(self) -> dict[str, Tensor]:
         """Return the copy under the parameter's own name."""
         return {self.parameter: self.trained}
-
-    def signed_weight(self) -> None:
-        """Return nothing: what is trained in full says nothing of the base."""
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the base with the copy as its parameter."""

@@ -72,9 +72,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         MiniLoRAError: when the model carries no injection.
 
     Example:
-        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0")
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
         >>> _ = nn.init.ones_(model[0].lora_B)
-        >>> x = torch.randn(3, 4)
+        >>> x = torch.randn(3, 8)
         >>> with minilora.disabled(model):
         ...     torch.equal(model(x), model[0].base(x))
         True

@@ -1,13 +1,12 @@
-"""Make the files of tests/fixtures/adapters: what the adapters library writes, and what it computes with it.
+"""Make the files of tests/fixtures: what other libraries and earlier versions write, and compute with it.
 
-The library pins an old transformers, so it needs an environment of its own, and the tests read what this
-script stored. In that environment:
+    python scripts/make_fixtures.py adapters     # in an environment with `pip install torch adapters`
+    python scripts/make_fixtures.py 0.1.0        # in one with minilora of that version
 
-    pip install torch adapters safetensors
-    python scripts/make_fixtures.py tests/fixtures/adapters
-
-Each folder is one adapter of a tiny BERT, filled with random values as if it had been trained. Beside them
-lie the base's weights and, in expected.safetensors, the inputs and each adapter's logits.
+The adapters library pins an old transformers, so it needs an environment of its own, and the tests read
+what this script stored. Each folder of it is one adapter of a tiny BERT, filled with random values as if it
+had been trained. Beside them lie the base's weights and, in expected.safetensors, the inputs and each
+adapter's outputs.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import adapters
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForSequenceClassification
+
+ROOT = Path(__file__).parent.parent
 
 SHAPE = {
     "vocab_size": 32,
@@ -32,22 +31,29 @@ SHAPE = {
     "num_labels": 3,
 }
 
-ADAPTERS = {
-    "lora": adapters.LoRAConfig(r=4, alpha=6),
-    "lora_everywhere": adapters.LoRAConfig(
-        r=2, alpha=8, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True, leave_out=[0]
-    ),
-    "houlsby": adapters.DoubleSeqBnConfig(reduction_factor=4),
-    "houlsby_varied": adapters.DoubleSeqBnConfig(
-        reduction_factor={"1": 2, "default": 8}, non_linearity="gelu", scaling=2.0, dropout=0.1
-    ),
-    "output_only": adapters.SeqBnConfig(reduction_factor=4, original_ln_before=False),
-    "pfeiffer": adapters.SeqBnConfig(reduction_factor=4),
-    "parallel": adapters.ParBnConfig(reduction_factor=4),
-}
 
+def adapters_library(folder: Path) -> None:
+    import adapters
+    from transformers import BertConfig, BertForSequenceClassification
 
-def main(folder: Path) -> None:
+    configs = {
+        "lora": adapters.LoRAConfig(r=4, alpha=6),
+        "lora_everywhere": adapters.LoRAConfig(
+            r=2,
+            alpha=8,
+            attn_matrices=["q", "k", "v"],
+            intermediate_lora=True,
+            output_lora=True,
+            leave_out=[0],
+        ),
+        "houlsby": adapters.DoubleSeqBnConfig(reduction_factor=4),
+        "houlsby_varied": adapters.DoubleSeqBnConfig(
+            reduction_factor={"1": 2, "default": 8}, non_linearity="gelu", scaling=2.0, dropout=0.1
+        ),
+        "output_only": adapters.SeqBnConfig(reduction_factor=4, original_ln_before=False),
+        "pfeiffer": adapters.SeqBnConfig(reduction_factor=4),
+        "parallel": adapters.ParBnConfig(reduction_factor=4),
+    }
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**SHAPE)).eval()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -56,9 +62,7 @@ def main(folder: Path) -> None:
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
     expected = {"input_ids": ids, "attention_mask": mask}
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, config in ADAPTERS.items():
+    for name, config in configs.items():
         model.add_adapter(name, config=config)
         model.train_adapter(name)
         with torch.no_grad():
@@ -76,5 +80,40 @@ def main(folder: Path) -> None:
     (folder / "base_config.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
 
 
+def earlier_version(folder: Path) -> None:
+    """Both of minilora's own formats, of the MLP that tests/models.py has."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from models import CASES
+
+    import minilora
+    from minilora import AdapterConfig, LoRAConfig
+
+    if minilora.__version__ != folder.name:
+        raise SystemExit(f"this is minilora {minilora.__version__}, and {folder.name} is to write its files")
+    case = CASES["mlp"]
+    base = case.build()
+    save_file(base.state_dict(), folder / "base.safetensors")
+    expected = {}
+    for name, format in (("adapter.safetensors", "minilora"), ("peft", "peft")):
+        model = case.build()
+        minilora.inject(model, "up", LoRAConfig(r=4, alpha=3, rslora=True), trainable="classifier")
+        minilora.inject(model, "down", LoRAConfig(r=2, alpha=8, rslora=True), trainable=())
+        if format == "minilora":
+            minilora.inject(model, "down", AdapterConfig(reduction_factor=4, activation="relu", scale=2.0))
+        generator = torch.Generator().manual_seed(0)
+        for tensor in minilora.adapter_state_dict(model).values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+        minilora.save(model, folder / name, format=format)
+        expected[name] = case.run(model)
+    save_file(expected, folder / "expected.safetensors")
+
+
+def main(what: str) -> None:
+    folder = ROOT / "tests" / "fixtures" / what
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (adapters_library if what == "adapters" else earlier_version)(folder)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "tests/fixtures/adapters"))
+    main(sys.argv[1])

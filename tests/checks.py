@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -126,3 +129,28 @@ def assert_equal_to_rounding(actual: Tensor, expected: Tensor) -> None:
 def assert_far(actual: Tensor, expected: Tensor) -> None:
     """Assert a difference that no rounding explains: what was injected has an effect."""
     assert distance(actual, expected) > 0.1
+
+
+def interrupted(act: Callable[[], object], at: int) -> bool:
+    """Run `act` and raise KeyboardInterrupt at a line of the package; return whether it came."""
+    package, lines, came = os.path.dirname(minilora.__file__), 0, False
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal lines, came
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == at:
+                came = True
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            act()
+    finally:
+        sys.settrace(before)
+    return came

@@ -17,7 +17,7 @@ PACKAGE = Path(minilora.__file__).parent
 CORE = [
     ["errors", "functional", "torch_internals"],
     ["names", "words"],
-    ["config"],
+    ["config", "problems"],
     ["linear"],
     ["module"],
     ["adapter", "frozen", "layout", "sites", "view"],

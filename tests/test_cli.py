@@ -97,7 +97,8 @@ def test_inspect_for_programs(file: Path, tmp_path: Path) -> None:
         for site in result["sites"]:
             exact = layers[site["site"]][0].delta_weight().detach().norm().item()
             assert site["norm"] == pytest.approx(exact, rel=1e-5)
-    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "peft").iterdir())
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    assert result["bytes"] == sum((tmp_path / "peft" / name).stat().st_size for name in names)
 
 
 def test_inspect_tells_damage_and_bottlenecks(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_names_that_fit_in_two_ways(file: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file(twice, tmp_path / "twice.safetensors")
     result = run("verify", file, "--base", tmp_path / "twice.safetensors")
     assert result.code == 1
-    assert "the names fit the base's in 2 ways: 'ema....', 'model....'" in result.out
+    assert "the names fit the base's in 2 ways: with 'ema.' in front, with 'model.' in front" in result.out
 
 
 def test_what_is_no_adapter_and_what_is_no_base(file: Path, base: Path, tmp_path: Path) -> None:
@@ -555,7 +556,9 @@ def test_a_file_name_that_is_no_text(file: Path, base: Path, tmp_path: Path) -> 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent otherwise there")
 def test_an_interruption_while_torch_is_imported(file: Path, tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import time; print('importing', flush=True); time.sleep(300)")
+    lines = ["import time", "try:", "    print('importing', flush=True)", "    time.sleep(300)"]
+    lines += ["except BaseException:", "    print('caught, and the import goes on')"]
+    (tmp_path / "torch.py").write_text("\n".join(lines))
     process = started("minilora_command.py", "inspect", file, PYTHONPATH=str(tmp_path))
     assert process.stdout.readline() == b"importing\n"
     process.send_signal(signal.SIGINT)
@@ -570,13 +573,13 @@ class Stack(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(3, 4) for _ in range(layers)])
 
 
-def steps(run: Callable[[], Output], code: int) -> int:
-    """Return how many instructions of Python the package runs: a measure of work that is no clock."""
+def traced(run: Callable[[], Output]) -> tuple[int, Output]:
+    """Return how many instructions of Python the package runs, a measure of work that is no clock."""
     count = 0
 
     def trace(frame: Any, event: str, argument: object) -> Any:
         nonlocal count
-        if "minilora" not in frame.f_code.co_filename:
+        if not frame.f_code.co_filename.startswith(str(ROOT / "minilora")):
             return None
         frame.f_trace_opcodes = True
         count += event == "opcode"
@@ -588,8 +591,7 @@ def steps(run: Callable[[], Output], code: int) -> int:
         output = run()
     finally:
         sys.settrace(before)
-    assert output.code == code, output.err
-    return count
+    return count, output
 
 
 @pytest.mark.parametrize(
@@ -597,12 +599,10 @@ def steps(run: Callable[[], Output], code: int) -> int:
     [
         ("inspect a", 0),
         ("diff a b", 1),
-        ("diff a none", 1),
-        ("verify a --base same", 0),
+        ("diff a few", 1),
         ("verify a --base longer", 0),
         ("verify a --base renamed", 0),
         ("verify a --base wide", 1),
-        ("verify a --base other", 1),
         ("verify a --base strange", 1),
         ("fuse --adapter a --base same --out out", 0),
         ("fuse --adapter a --base other --out out", 2),
@@ -616,14 +616,17 @@ def test_many_sites_take_time_in_proportion(
     work = []
     for folder in many_sites:
         monkeypatch.chdir(folder)
-        work.append(steps(lambda: run(*command.split()), code))
-    assert work[1] < 6 * work[0]
+        steps, output = traced(lambda: run(*command.split()))
+        assert output.code == code, output.err
+        assert len((output.out + output.err).splitlines()) < 10
+        work.append(steps)
+    assert work[1] < 4.5 * work[0]
 
 
 @pytest.fixture(scope="module")
 def many_sites(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two folders with adapters, and bases of all sorts: of some sites, and of four times as many."""
-    return [write_sites(tmp_path_factory.mktemp("sites"), layers) for layers in (30, 120)]
+    return [write_sites(tmp_path_factory.mktemp("sites"), layers) for layers in (20, 80)]
 
 
 def write_sites(folder: Path, layers: int) -> Path:
@@ -633,7 +636,7 @@ def write_sites(folder: Path, layers: int) -> Path:
     for name, (targets, trainable) in {
         "a": everything,
         "b": everything,
-        "none": ("layers.0", ["heads.0"]),
+        "few": ("layers.0", ["heads.0"]),
     }.items():
         minilora.inject(model, targets, LoRAConfig(r=1), trainable=trainable)
         minilora.save(randomise(model, seed=len(name) + (name == "b")), folder / name)

@@ -100,6 +100,9 @@ def test_weights_under_other_names_are_known_by_their_values(tmp_path: Path) -> 
     assert not any(f"{site}.weight" in stored for site in injected_modules(model) if "fc1" in site)
     minilora.save(model, tmp_path / "a.safetensors")
     assert run("verify", tmp_path / "a.safetensors", "--base", tmp_path / "base").code == 0
+    CASES["vit"].build(torch.bfloat16).save_pretrained(tmp_path / "cast")
+    result = run("verify", tmp_path / "a.safetensors", "--base", tmp_path / "cast")
+    assert "yes: the same base in another dtype" in result.out
     tensors = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
     copies = {f"again.{name}": tensor.clone() for name, tensor in tensors.items()}
     (tmp_path / "twice").mkdir()
@@ -317,6 +320,17 @@ def test_equal_values_are_a_tie_where_nothing_else_is_known(fuse: Fuse, tmp_path
     assert "'body'" not in result.err
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
     assert fuse(**arguments).code == 0
+
+
+def test_without_a_config_a_weight_under_another_name_is_another_weight(fuse: Fuse, tmp_path: Path) -> None:
+    """The values of the head are those of the embedding, which an update must not reach."""
+    stored = {key: value for key, value in CASES["tied"].build().state_dict().items() if key != "head.weight"}
+    safetensors.torch.save_file(stored, tmp_path / "base.safetensors")
+    minilora.save(trained("tied", (), ["head", "body"]), tmp_path / "a.safetensors")
+    result = fuse(base="base.safetensors", out="out.safetensors")
+    assert result.code == 2
+    assert "'head': the base has no weight of that name" in result.err
+    assert "A weight that is tied to another" in result.err
 
 
 def test_values_that_the_dtype_cannot_hold(base: Path, fuse: Fuse, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import io
 import re
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,11 @@ def test_the_reference_has_every_public_name_and_no_other():
     assert sorted(sections()) == sorted(minilora.__all__)
 
 
+def test_the_reference_is_what_the_docstrings_say():
+    made = runpy.run_path(str(ROOT / "scripts" / "make_reference.py"))["page"]()
+    assert REFERENCE.read_text(encoding="utf-8") == made, "run: python scripts/make_reference.py"
+
+
 @pytest.mark.parametrize("name", minilora.__all__)
 def test_the_reference_is_current(name):
     section = sections()[name]
@@ -144,20 +150,31 @@ def test_the_reference_is_current(name):
         assert ast.unparse(written.returns) == normal(returns)
 
 
+def is_named(kind: type) -> bool:
+    """Whether the reference names a class: minilora's public ones, Python's and torch's."""
+    return kind.__name__ in minilora.__all__ or not kind.__module__.startswith("minilora.")
+
+
 def public_bases(value: type) -> list[str]:
-    """The bases that the reference names: minilora's public ones, Python's and torch's."""
-    return [
-        f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__
-        for base in value.__bases__
-        if base is not object and (base.__name__ in minilora.__all__ or "minilora" not in base.__module__)
-    ]
+    """The bases that the reference names; in the place of one that it does not, that one's own."""
+    names: list[str] = []
+    for base in value.__bases__:
+        if not is_named(base):
+            names += public_bases(base)
+        elif base is not object:
+            names.append(f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__)
+    return names
 
 
 def public_members(value: type) -> list[str]:
-    """What a class itself offers beyond nn.Module's and Exception's: attributes, properties and methods."""
-    inherited = {"forward", "extra_repr", "state_dict", "training", "kind", "Config"}
-    names = {*vars(value), *inspect.get_annotations(value)}
-    return sorted(name for name in names - inherited if not name.startswith("_"))
+    """What a class offers beyond what the bases do that the reference names."""
+    mro = list(value.__mro__)
+    named = next(i for i, kind in enumerate(mro) if i > 0 and is_named(kind))
+    names, known = (
+        {name for kind in kinds for name in (*vars(kind), *inspect.get_annotations(kind))}
+        for kinds in (mro[:named], mro[named:])
+    )
+    return sorted(name for name in names - known if not name.startswith("_"))
 
 
 def normal(annotation: object) -> str:
@@ -205,7 +222,7 @@ def test_the_pages_have_code():
 
 def test_every_fence_is_understood():
     """A misspelt mark, as in ```Python, would leave a block unrun and nobody the wiser."""
-    known = {"python", "python notest", "output", "text", "bash", "json", ""}
+    known = {"python", "python notest", "output", "text", "bash", "pycon", "json", ""}
     for path in [*PAGES, *([README] if README.exists() else [])]:
         text = path.read_text(encoding="utf-8")
         blocks = blocks_of(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from checks import injected_modules, unchanged
-from models import CASES
+from models import BERT, CASES
 from torch import Tensor, nn
 
 import minilora
@@ -106,6 +107,8 @@ def copied(fixture: str, tmp_path: Path, **fields: Any) -> Path:
         ("lora", "attn_matrices", ["q", "k", "v"]),
         ("lora", "attn_matrices", "q"),
         ("lora", "leave_out", [0]),
+        ("lora", "leave_out", [[0]]),
+        ("lora", "attn_matrices", [["q"]]),
         ("lora", "name", "another"),
         ("lora", "config", []),
         ("houlsby", "non_linearity", "gelu_new"),
@@ -129,13 +132,18 @@ def test_alpha_is_forgotten_where_the_library_forgot_it(tmp_path: Path) -> None:
     model = minilora.load(
         fixture_base(), copied("lora", tmp_path, version="adapters.1.0.1"), format="adapters"
     )
-    assert {config.scaling for config, _ in minilora.manifest.Manifest.of(_found(model)).injections} == {1.0}
+    assert _scalings(model) == {1.0}
     model = minilora.load(fixture_base(), FIXTURES / "lora", format="adapters")
-    assert {config.scaling for config, _ in minilora.manifest.Manifest.of(_found(model)).injections} == {1.5}
+    assert _scalings(model) == {1.5}
 
 
-def _found(model: nn.Module) -> Any:
-    return injected_modules(model)
+def _scalings(model: nn.Module) -> set[float]:
+    return {
+        wrapper.config.scaling
+        for wrappers in injected_modules(model).values()
+        for wrapper in wrappers
+        if wrapper.config is not None
+    }
 
 
 def test_folders_that_are_none_of_the_library(tmp_path: Path) -> None:
@@ -229,13 +237,21 @@ def test_other_layers_and_biases_of_loralib_are_refused(tmp_path: Path) -> None:
 
     merged = nn.Sequential(loralib.MergedLinear(8, 24, r=4, lora_alpha=6, enable_lora=[True, False, True]))
     refused(merged, nn.Sequential(nn.Linear(8, 24)), "MergedLinear")
-    embedding = nn.Sequential(loralib.Embedding(10, 8, r=4, lora_alpha=6))
-    refused(embedding, nn.Sequential(nn.Embedding(10, 8)), "Embedding is not a linear layer")
     conv = nn.Sequential(loralib.Conv2d(3, 8, kernel_size=3, r=4, lora_alpha=6))
     refused(conv, nn.Sequential(nn.Conv2d(3, 8, 3)), "rank 12")
     biased = nn.Sequential(loralib.Linear(8, 12, r=4, lora_alpha=6))
-    refused(biased, nn.Sequential(nn.Linear(8, 12)), r"'0\.bias'.*not LoRA", bias="lora_only")
+    refused(biased, nn.Sequential(nn.Linear(8, 12)), r"'0\.bias': neither LoRA nor", bias="lora_only")
     refused(nn.Sequential(loralib.Linear(8, 12, r=0)), nn.Sequential(nn.Linear(8, 12)), "no LoRA tensor")
+
+
+def test_an_embedding_of_loralib_computes_the_same(tmp_path: Path) -> None:
+    loralib = pytest.importorskip("loralib")
+    theirs = nn.Sequential(loralib.Embedding(10, 8, r=4, lora_alpha=6)).train()
+    nn.init.normal_(theirs[0].lora_A)
+    safetensors.torch.save_file(loralib.lora_state_dict(theirs), tmp_path / "a.safetensors")
+    ours = nn.Sequential(nn.Embedding.from_pretrained(theirs[0].weight.detach().clone()))
+    minilora.load(ours, tmp_path / "a.safetensors", format="loralib", config=LoRAConfig(r=4, alpha=6))
+    assert torch.allclose(ours(torch.arange(10)), theirs(torch.arange(10)), atol=1e-5)
 
 
 def test_half_a_pair_is_refused(tmp_path: Path) -> None:
@@ -245,9 +261,89 @@ def test_half_a_pair_is_refused(tmp_path: Path) -> None:
     del tensors["first.lora_B"]
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
     config = LoRAConfig(r=4, alpha=6)
-    with pytest.raises(CheckpointError, match="'first' has no lora_B"):
+    with pytest.raises(CheckpointError, match="'first': no lora_B in the file"):
         minilora.load(Net(nn.Linear), tmp_path / "a.safetensors", format="loralib", config=config)
     stray = {"x.lora_A": torch.zeros(4, 8), "x.lora_B": torch.zeros(8, 4)}
     safetensors.torch.save_file(stray, tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match="no such module"):
         minilora.load(CASES["mlp"].build(), tmp_path / "b.safetensors", format="loralib", config=config)
+
+
+# loralib's published checkpoints have the head of the task in them
+
+
+def roberta() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(**{**BERT, "max_position_embeddings": 20})
+    return transformers.RobertaForSequenceClassification(config).eval()
+
+
+def published(path: Path, model: nn.Module, **more: Tensor) -> dict[str, Tensor]:
+    """Write a file as loralib's authors publish them for RoBERTa: LoRA on query and value, and the head."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {
+        f"roberta.encoder.layer.{i}.attention.self.{name}.lora_{side}": torch.randn(shape) * 0.3
+        for i in range(2)
+        for name in ("query", "value")
+        for side, shape in (("A", (8, 16)), ("B", (16, 8)))
+    }
+    tensors |= {
+        f"classifier.{layer}.{kind}": torch.randn(shapes[f"classifier.{layer}.{kind}"])
+        for layer in ("dense", "out_proj")
+        for kind in ("weight", "bias")
+    }
+    tensors |= more
+    safetensors.torch.save_file(tensors, path)
+    return tensors
+
+
+def test_a_published_checkpoint_with_its_head(tmp_path: Path) -> None:
+    model, config = roberta(), LoRAConfig(r=8, alpha=16)
+    tensors = published(tmp_path / "a.safetensors", model)
+    plain = copy.deepcopy(model)  # W + s B A, and the head's own tensors, put in by hand
+    state = plain.state_dict()
+    for name, tensor in tensors.items():
+        if name.endswith("lora_B"):
+            site = name.removesuffix(".lora_B")
+            state[f"{site}.weight"] += config.scaling * (tensor @ tensors[f"{site}.lora_A"])
+        elif name.startswith("classifier"):
+            state[name].copy_(tensor)
+    minilora.load(model, tmp_path / "a.safetensors", format="loralib", config=config)
+    with torch.no_grad():
+        ids = torch.arange(2, 8)[None]
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
+    kinds = {name: [w.kind for w in wrappers] for name, wrappers in injected_modules(model).items()}
+    assert kinds.pop("classifier") == ["trainable"]
+    assert set(map(tuple, kinds.values())) == {("lora",)}
+    minilora.save(model, tmp_path / "own.safetensors")
+    minilora.load(model, tmp_path / "a.safetensors", format="loralib", config=config)  # over what is there
+    minilora.load(minilora.eject(model), tmp_path / "own.safetensors")
+
+
+def test_what_is_no_whole_module_is_refused(tmp_path: Path) -> None:
+    model, config = roberta(), LoRAConfig(r=8, alpha=16)
+    layer = "roberta.encoder.layer.0"
+    cases = {
+        "roberta.encoder.layer.0.intermediate.dense.bias": torch.zeros(32),  # bias="all"
+        f"{layer}.attention.self.query.bias": torch.zeros(16),
+        "head.weight": torch.zeros(3, 16),
+        "lora_A": torch.zeros(8, 16),
+    }
+    for key, tensor in cases.items():
+        published(tmp_path / "a.safetensors", model, **{key: tensor})
+        with (
+            unchanged(model),
+            pytest.raises(CheckpointError, match=f"'{key}': neither LoRA nor part of a module"),
+        ):
+            minilora.load(model, tmp_path / "a.safetensors", format="loralib", config=config)
+    norm = {f"{layer}.output.LayerNorm.{kind}": torch.ones(16) for kind in ("weight", "bias")}
+    published(tmp_path / "a.safetensors", model, **norm)
+    minilora.load(model, tmp_path / "a.safetensors", format="loralib", config=config)
+    assert isinstance(model.get_submodule(f"{layer}.output.LayerNorm"), minilora.TrainableHead)
+    other = roberta()
+    published(tmp_path / "a.safetensors", other, **{"classifier.out_proj.bias": torch.zeros(5)})
+    with (
+        unchanged(other),
+        pytest.raises(CheckpointError, match=r"'classifier\.out_proj\.bias': shape \(5,\)"),
+    ):
+        minilora.load(other, tmp_path / "a.safetensors", format="loralib", config=config)

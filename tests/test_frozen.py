@@ -107,6 +107,7 @@ def test_a_second_injection_finds_them_frozen():
     wrappers = [Is(model.get_submodule(name)) for name in NORMS]
     minilora.inject(model, "classifier", SMALL, trainable=())
     assert [Is(model.get_submodule(name)) for name in NORMS] == wrappers
+    assert not any(isinstance(model.get_submodule(name).base, FrozenStatistics) for name in NORMS)
 
 
 def test_messages_name_what_stands_there():

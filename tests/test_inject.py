@@ -14,6 +14,7 @@ from checks import (
     assert_far,
     frozen,
     injected_modules,
+    interrupted,
     picture,
     randomise,
     raw,
@@ -253,6 +254,31 @@ def test_failure_while_building_changes_nothing(monkeypatch):
         minilora.inject(model, ["up", "down"])
 
 
+def test_interrupted_at_any_line_a_model_is_injected_or_it_is_not():
+    """And ejected or not: a shared layer stands at three places, of which no two may differ."""
+    at, seen = 0, set()
+    while True:
+        model = Shared()
+        bare = list(model.modules())
+        came = interrupted(lambda model=model: minilora.inject(model, ["first", "stack.0"]), at := at + 1)
+        wrapped = isinstance(model.first, minilora.LoRALinear)
+        assert isinstance(model.stack[0], minilora.LoRALinear) == wrapped
+        assert model.first is model.again is model.stack[1]
+        seen.add(wrapped)
+        if not came:
+            break
+        if wrapped:
+            minilora.eject(model)
+        assert list(model.modules()) == bare
+    assert seen == {False, True}
+    came, at = True, 0
+    while came:
+        minilora.inject(model := Shared(), ["first", "stack.0"])
+        came = interrupted(lambda model=model: minilora.eject(model), at := at + 1)
+        assert isinstance(model.stack[0], minilora.LoRALinear) == isinstance(model.first, minilora.LoRALinear)
+        assert model.first is model.again is model.stack[1]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("first", ["lora", "adapter"])
 def test_both_kinds_on_one_site_whatever_the_order(first):
@@ -379,16 +405,22 @@ def test_a_warning_turned_into_an_error_leaves_the_model_as_it_was():
         minilora.inject(model, "query")
 
 
-def test_tie_weights_after_injection_does_not_lose_an_update():
-    model = CASES["gpt2"].build()
-    minilora.inject(model, ["c_attn", "lm_head"])
-    head = model.lm_head
-    try:
-        model.tie_weights()
-    except (KeyError, AttributeError):
-        return  # loud is as good
+def test_tie_weights_after_injection_keeps_the_update_and_the_tie():
+    model = randomise(minilora.inject(CASES["gpt2"].build(), ["c_attn", "lm_head"]))
+    head, expected = model.lm_head, CASES["gpt2"].run(model)
+    model.transformer.wte.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+    assert head.base.weight is not model.transformer.wte.weight
+    model.tie_weights()
     assert model.lm_head is head
     assert head.base.weight is model.transformer.wte.weight
+    assert_equal_to_rounding(CASES["gpt2"].run(model), expected)
+
+
+def test_tying_merged_weights_is_refused():
+    model = minilora.merge(randomise(minilora.inject(CASES["gpt2"].build(), "lm_head")))
+    model.transformer.wte.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+    with pytest.raises(minilora.MiniLoRAError, match=r"'weight' cannot be set on a merged layer; .*unmerge"):
+        model.tie_weights()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -415,21 +447,21 @@ class Offloaded(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("part", "arguments"),
     [
-        {"targets": "layer"},
-        {"targets": "layer", "config": AdapterConfig(bottleneck=2)},
-        {"targets": "block", "config": AdapterConfig(bottleneck=2, hidden_size=8)},
-        {"targets": lambda name, module: name == "head", "config": LoRAConfig(r=2), "trainable": ["block"]},
-        {"targets": lambda name, module: name == "block.0", "trainable": ["head"]},
+        ("layer", {"targets": "layer"}),
+        ("layer", {"targets": "layer", "config": AdapterConfig(bottleneck=2)}),
+        ("block", {"targets": "block", "config": AdapterConfig(bottleneck=2, hidden_size=8)}),
+        ("head", {"targets": "layer", "trainable": ["head"]}),
+        ("block", {"targets": "layer", "trainable": ["block"]}),
     ],
 )
-def test_weights_that_are_offloaded_are_refused(arguments):
+def test_weights_that_are_offloaded_are_refused(part, arguments):
     """Between calls they are on the meta device: what is made beside them would be without values."""
     accelerate = pytest.importorskip("accelerate")
     model, x = Offloaded(), torch.randn(3, 8)
     expected = model(x)
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    accelerate.cpu_offload(getattr(model, part), execution_device=torch.device("cpu"))
     before = list(map(Is, model.modules())), list(map(Is, model.parameters()))
     with pytest.raises(TargetError, match=r"offloaded.*inject or load first, then dispatch"):
         minilora.inject(model, **arguments)

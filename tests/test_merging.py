@@ -9,6 +9,7 @@ from checks import (
     assert_equal_to_rounding,
     assert_far,
     injected_modules,
+    interrupted,
     picture,
     randomise,
     raw,
@@ -376,3 +377,196 @@ def test_fuse_nested_adapter_around_a_block():
     minilora.fuse(model, skip_adapters=True)
     assert_equal_to_rounding(model(x), expected)
     assert [type(m).__name__ for m in model] == ["Adapter", "Linear"]
+
+
+def hooked():
+    layer = nn.Linear(16, 16)
+    layer.register_forward_hook(lambda module, inputs, output: output * 2)
+    return layer
+
+
+def replaced():
+    layer = nn.Linear(16, 16)
+    layer.forward = lambda input: nn.functional.linear(input, layer.weight.tanh(), layer.bias)
+    return layer
+
+
+@pytest.mark.parametrize("make", [hooked, replaced])
+@pytest.mark.parametrize("tokens", [2, 200])
+def test_where_an_instance_computes_in_its_own_way_the_update_comes_on_top_and_merging_is_refused(
+    make, tokens
+):
+    model = nn.Sequential(make(), nn.Linear(16, 16))
+    x = torch.randn(tokens, 16)
+    plain = model[0](x)
+    randomise(minilora.inject(model, "all-linear"))
+    delta = nn.functional.linear(x, model[0].delta_weight())
+    assert_equal_to_rounding(model[0](x), plain + delta)
+    says = r"1 problem.*\n  - '0': .*; merged, it may not do the same: run it unmerged"
+    for action in (minilora.merge, minilora.fuse):
+        with unchanged(model), pytest.raises(MergeError, match=says):
+            action(model)
+
+
+def test_a_layer_in_two_models_is_merged_in_one_of_them_at_a_time():
+    layer = nn.Linear(16, 16)
+    weight, before = layer.weight, raw(layer.weight)
+    first, second = nn.Sequential(layer), nn.Sequential(layer)
+    for model in (first, second):
+        randomise(minilora.inject(model, "0"))
+    minilora.merge(first)
+    says = "'0': it is merged in another model, which shares the layer: unmerge that one first"
+    for action in (minilora.merge, minilora.fuse):
+        with unchanged(second), pytest.raises(MergeError, match=says):
+            action(second)
+    with pytest.raises(minilora.TargetError, match=says):
+        minilora.inject(nn.Sequential(layer), "0")
+    minilora.unmerge(first)
+    minilora.unmerge(minilora.merge(second))
+    for model in (first, second):
+        minilora.eject(model)
+    assert layer.weight is weight
+    assert raw(weight) == before
+
+
+def test_float8_is_no_weight_to_merge_into():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    eight = model[1].weight.detach().to(torch.float8_e4m3fn)
+    model[1].weight = nn.Parameter(eight, requires_grad=False)
+    minilora.inject(model, ["0", "1"])
+    says = r"'1': the weight of Linear, a Parameter of torch\.float8_e4m3fn, is not a plain floating-point"
+    before = [Is(module) for module in model.modules()], [Is(p) for p in model.parameters()]
+    for action in (minilora.merge, minilora.fuse):
+        with pytest.raises(MergeError, match=says):
+            action(model)
+    assert ([Is(module) for module in model.modules()], [Is(p) for p in model.parameters()]) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_what_is_not_finite_is_not_merged(value, half):
+    model = trained(CASES["mlp"])
+    getattr(model.down, half).data[0, 0] = value
+    says = r"'down': \d+ of 512 values of W \+ scaling B A are not finite in torch\.float32: A or B holds NaN"
+    for action in (minilora.merge, minilora.fuse):
+        with unchanged(model), pytest.raises(MergeError, match=says):
+            action(model)
+
+
+def test_what_was_not_finite_in_the_base_is_not_the_updates_doing():
+    model = CASES["mlp"].build()
+    model.down.weight.data[0, 0] = float("inf")
+    model = randomise(minilora.inject(model, ["up", "down"]))
+    minilora.unmerge(minilora.merge(model))
+    minilora.fuse(model)
+
+
+def test_values_beyond_the_dtype_are_named_before_anything_is_cast():
+    model = minilora.inject(MLP(), ["up", "down"], LoRAConfig(alpha=1e6))
+    randomise(model)
+    with (
+        unchanged(model),
+        pytest.raises(MergeError, match=r"2 problems.*\n  - 'up': \d+ of 512 .* not finite in torch.float16"),
+    ):
+        minilora.fuse(model, dtype=torch.float16)
+    minilora.fuse(model, dtype="bfloat16")  # whose range is wide enough
+    assert model.up.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("where", ["parameter", "buffer"])
+def test_other_tensors_beyond_the_dtype_are_named_too(where):
+    model = MLP()
+    if where == "parameter":
+        model.classifier.bias.data[0] = 1e6
+    else:
+        model.register_buffer("table", torch.tensor([1.0, -1e6]))
+    model.register_buffer("mask", torch.tensor([float("-inf")]))  # which casts well
+    model.register_buffer("precise", torch.tensor([1e6]), persistent=False)  # which is not cast
+    randomise(minilora.inject(model, "up"))
+    name = "classifier.bias" if where == "parameter" else "table"
+    says = f"'{name}': values beyond 65504, the largest of torch.float16"
+    with unchanged(model), pytest.raises(MergeError, match=says):
+        minilora.fuse(model, dtype=torch.float16)
+
+
+def test_the_weight_that_is_replaced_may_be_beyond_the_dtype():
+    """Only W_eff counts."""
+    model = nn.Sequential(nn.Linear(16, 16))
+    model[0].weight.data[0, 0] = 1e5
+    layer = minilora.inject(model, "0", LoRAConfig(r=2, alpha=2))[0]
+    with torch.no_grad():
+        layer.lora_A.zero_()[0, 0] = 1.0
+        layer.lora_B.zero_()[0, 0] = -1e5
+    minilora.fuse(model, dtype=torch.float16)
+    assert model[0].weight[0, 0] == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.float64"])
+def test_fuse_takes_a_dtype_by_its_name(dtype):
+    model = minilora.fuse(trained(CASES["mlp"]), dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype.removeprefix("torch."))}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "no_such", torch.float8_e4m3fn, 16])
+def test_fuse_refuses_what_is_no_dtype_for_weights(dtype):
+    model = trained(CASES["mlp"])
+    with unchanged(model), pytest.raises(MiniLoRAError, match="fuse casts to floating-point dtypes, not to"):
+        minilora.fuse(model, dtype=dtype)
+
+
+def test_offloaded_weights_are_not_merged():
+    """accelerate keeps them on the meta device between calls: there is no W to merge into."""
+    accelerate = pytest.importorskip("accelerate")
+    model = trained(CASES["mlp"])
+    expected = CASES["mlp"].run(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert_equal_to_rounding(CASES["mlp"].run(model), expected)
+    for action in (minilora.merge, minilora.fuse):
+        with pytest.raises(MergeError, match=r"'up', 'down': its weight is offloaded .* before dispatching"):
+            action(model)
+    assert_equal_to_rounding(CASES["mlp"].run(model), expected)
+
+
+class Guarded(nn.Linear):
+    """A layer that lets nobody assign to its weight."""
+
+    def __setattr__(self, name, value):
+        if name == "weight" and "weight" in self.__dict__.get("_parameters", ()):
+            raise KeyboardInterrupt
+        super().__setattr__(name, value)
+
+
+def test_a_layer_that_lets_nobody_assign_is_merged_all_the_same():
+    model = nn.Sequential(nn.Linear(16, 16), Guarded(16, 16))
+    randomise(minilora.inject(model, ["0", "1"]))
+    x = torch.randn(3, 16)
+    with unchanged(model):
+        before = model(x)
+        with torch.no_grad():
+            assert_equal_to_rounding(minilora.merge(model)(x), before)
+        minilora.unmerge(model)
+
+
+def test_merge_interrupted_at_any_line_is_whole_or_not_at_all():
+    model = trained(CASES["mlp"])
+    before, at = picture(model), 0
+    expected = state(minilora.unmerge(minilora.merge(model)))
+    while interrupted(lambda: minilora.merge(model), at := at + 1):
+        assert model.up.merged == model.down.merged
+        assert (model.up.base.weight is model.up.replaced_by_merging()[0]) is not model.up.merged
+        minilora.unmerge(model)
+        assert picture(model) == before
+    assert at > 50
+    assert state(minilora.unmerge(model)) == expected
+
+
+def test_unmerge_interrupted_at_any_line_can_be_called_again():
+    model = trained(CASES["mlp"])
+    before, at = picture(model), 0
+    came = True
+    while came:
+        minilora.merge(model)
+        came = interrupted(lambda: minilora.unmerge(model), at := at + 1)
+        minilora.unmerge(model)
+        assert picture(model) == before
+    assert at > 10

@@ -162,6 +162,54 @@ def test_missing_and_unexpected_keys_of_a_bare_checkpoint_are_reported_by_torch(
         model.load_state_dict(MLP().state_dict() | {"up.stray": torch.zeros(1)})
 
 
+class Filling(nn.Linear):
+    """A layer that fills in what an old checkpoint lacks, as loaders in the wild do."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.setdefault(prefix + "bias", torch.zeros(self.out_features))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Refusing(nn.Linear):
+    """A layer whose own loader cannot be called with less than all it wants."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        raise KeyError(prefix + "scale")
+
+
+@pytest.mark.parametrize("kind", [Filling, Refusing])
+@pytest.mark.parametrize("anew", [True, False])
+def test_loading_an_adapter_does_not_run_the_bases_own_loader(kind, anew, tmp_path):
+    def make():
+        return nn.Sequential(kind(8, 8), nn.Linear(8, 8))
+
+    source = randomise(minilora.inject(make(), "0", LoRAConfig(r=2), trainable=["1"]))
+    minilora.save(source, tmp_path / "adapter.safetensors")
+    model = make()
+    model[0].weight.data.copy_(source[0].base.weight)
+    before = raw(model[0].weight), raw(model[0].bias)
+    layer = model[0]
+    if not anew:
+        minilora.inject(model, "0", LoRAConfig(r=2), trainable=["1"])
+    minilora.load(model, tmp_path / "adapter.safetensors")
+    assert (raw(layer.weight), raw(layer.bias)) == before
+    assert raw(model[0].lora_B) == raw(source[0].lora_B)
+
+
+def test_saved_state_is_given_and_taken_in_place():
+    model = minilora.inject(MLP(), "up", trainable="classifier")
+    minilora.inject(model, "up", AdapterConfig(bottleneck=2))
+    wrappers = [wrapper for found in injected_modules(model).values() for wrapper in found]
+    assert [wrapper.kind for wrapper in wrappers] == ["adapter", "lora", "trainable"]
+    for wrapper in wrappers:
+        before = wrapper.saved_state()
+        values = {name: torch.randn_like(tensor) for name, tensor in before.items()}
+        wrapper.load_saved_state(values)
+        for name, tensor in wrapper.saved_state().items():
+            assert tensor is before[name]
+            assert raw(tensor) == raw(values[name])
+
+
 class WithBase(nn.Module):
     """A block that has a child of the name which wrappers use."""
 

@@ -384,7 +384,7 @@ def test_what_peft_passes_over_in_silence_is_an_error_here(tmp_path: Path) -> No
     stray = {"base_model.model.bert.encoder.layer.7.attention.self.query.lora_A.weight": torch.ones(4, 16)}
     rewrite(tmp_path, {**tensors_of(tmp_path), **stray})
     peft.PeftModel.from_pretrained(fresh("bert"), tmp_path)
-    with pytest.raises(CheckpointError, match=r"layer\.7\.attention\.self\.query' has no lora_B"):
+    with pytest.raises(CheckpointError, match=r"layer\.7\.attention\.self\.query': no lora_B"):
         minilora.load(fresh("bert"), tmp_path)
 
 
@@ -395,7 +395,7 @@ def test_tensors_and_config_must_say_the_same(tmp_path: Path) -> None:
         r"'bert\.encoder\.layer\.\*\.attention\.self\.value' \(x2\): targeted by the config": {
             key: tensor for key, tensor in good.items() if "value" not in key
         },
-        r"layer\.0\.attention\.self\.query' has no lora_B": {
+        r"layer\.0\.attention\.self\.query': no lora_B": {
             key: tensor for key, tensor in good.items() if "0.attention.self.query.lora_B" not in key
         },
         r"key'.*the config does not target it": {
@@ -572,13 +572,14 @@ def test_nothing_of_our_own_in_the_config_and_the_same_bytes_each_time(tmp_path:
     minilora.save(minilora.merge(model), tmp_path / "b", format="peft")
     assert set(config_of(tmp_path / "a")) <= set(peft.LoraConfig.__dataclass_fields__)
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
     with safetensors.safe_open(tmp_path / "a" / "adapter_model.safetensors", framework="pt") as file:
-        assert set(file.metadata()) == {"format", "minilora_base", "minilora_sha256"}
+        assert set(file.metadata()) == {"format", "minilora_base", "minilora_config", "minilora_sha256"}
 
 
 def test_vllm_finds_the_fields_that_it_reads(tmp_path: Path) -> None:
@@ -627,42 +628,6 @@ def test_sites_that_peft_would_leave_out(tmp_path: Path) -> None:
         minilora.save(model, tmp_path / "a", format="peft")
 
 
-@pytest.mark.parametrize("dies_at", [1, 2])
-def test_a_death_while_writing_leaves_the_old_or_none(
-    dies_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from minilora import files
-
-    model = randomise(minilora.inject(fresh("bert"), ["query"], LoRAConfig(r=4), trainable=()))
-    minilora.save(model, tmp_path / "a", format="peft")
-    (tmp_path / "a" / "tokenizer.json").write_text("{}")
-    replace, calls = files.os.replace, []
-
-    def dying(source: Any, target: Any) -> None:
-        calls.append(target)
-        if len(calls) == dies_at:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "replace", dying)
-    with pytest.raises(KeyboardInterrupt):
-        minilora.save(model, tmp_path / "new", format="peft")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
-    calls.clear()
-    with pytest.raises(KeyboardInterrupt):
-        minilora.save(randomise(model, seed=1), tmp_path / "a", format="peft")
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {
-        "adapter_model.safetensors",
-        "tokenizer.json",
-    }
-    monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"no 'adapter_config\.json'"):
-        minilora.load(fresh("bert"), tmp_path / "a")
-    minilora.save(model, tmp_path / "a", format="peft")
-    minilora.load(fresh("bert"), tmp_path / "a")
-    assert (tmp_path / "a" / "tokenizer.json").exists()
-
-
 def test_a_file_of_that_name_is_not_written_over(tmp_path: Path) -> None:
     model = minilora.inject(fresh("bert"), ["query"], LoRAConfig(r=4), trainable=())
     (tmp_path / "a").write_text("precious")
@@ -692,3 +657,138 @@ def test_loading_into_a_model_that_carries_the_same_injections(tmp_path: Path) -
         found = MODELS["bert"][1](minilora.load(model, tmp_path))
     torch.testing.assert_close(found, expected, **EXACT)
     assert all(p.requires_grad for p in minilora.trainable_parameters(model))
+
+
+# What PEFT reads, where it can be computed
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": 0},
+        {"lora_alpha": -6},
+        {"lora_alpha": 2.5},
+        {"lora_dropout": 1.0},
+        {"alpha_pattern": {"value": 0, "key": -3}, "target_modules": ["query", "value", "key"]},
+    ],
+    ids=str,
+)
+def test_odd_numbers_both_ways(fields: dict[str, Any], tmp_path: Path) -> None:
+    expected = trained_by_peft("bert", tmp_path / "a", **{"r": 4, "target_modules": ["query"], **fields})
+    torch.testing.assert_close(by_minilora("bert", tmp_path / "a"), expected, **EXACT)
+    minilora.save(minilora.load(fresh("bert"), tmp_path / "a"), tmp_path / "b", format="peft")
+    torch.testing.assert_close(by_peft("bert", tmp_path / "b"), expected, **EXACT)
+
+
+def test_a_head_in_a_wider_dtype_is_rounded_as_peft_rounds_it(tmp_path: Path) -> None:
+    case = CASES["bert"]
+    config = peft.LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(case.build(), config)
+    for tensor in peft.get_peft_model_state_dict(model).values():
+        tensor.data.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(case.build(torch.bfloat16), tmp_path).eval()
+    with pytest.warns(
+        UserWarning, match=r"'classifier\.weight', 'classifier\.bias': torch\.float32, rounded to"
+    ):
+        ours = minilora.load(case.build(torch.bfloat16), tmp_path)
+    head = theirs.base_model.model.classifier.modules_to_save["default"]
+    assert head.weight.dtype == torch.bfloat16
+    assert torch.equal(ours.classifier.trained.weight, head.weight)
+    assert torch.equal(ours.classifier.trained.bias, head.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(case.run(ours), case.run(theirs), rtol=0, atol=5e-2)
+    minilora.save(minilora.load(case.build(), tmp_path), tmp_path / "own")
+    with pytest.raises(
+        CheckpointError, match=r"torch\.float32, which torch\.bfloat16 cannot hold without loss"
+    ):
+        minilora.load(case.build(torch.bfloat16), tmp_path / "own")
+
+
+# What PEFT's Auto classes and the hub read
+
+
+def saved_base(name: str, folder: Path) -> nn.Module:
+    """Return a bare model that knows where it came from."""
+    fresh(name).save_pretrained(folder)
+    model = type(fresh(name)).from_pretrained(folder).eval()
+    assert model.name_or_path == str(folder)
+    return model
+
+
+AUTO = {
+    "bert": ("SEQ_CLS", "AutoPeftModelForSequenceClassification", {"num_labels": 3}),
+    "distilbert": ("SEQ_CLS", "AutoPeftModelForSequenceClassification", {"num_labels": 3}),
+    "gpt2": ("CAUSAL_LM", "AutoPeftModelForCausalLM", {}),
+    "llama": ("CAUSAL_LM", "AutoPeftModelForCausalLM", {}),
+    "t5": ("SEQ_2_SEQ_LM", "AutoPeftModelForSeq2SeqLM", {}),
+    "vit": (None, "AutoPeftModel", {}),
+    "whisper": (None, "AutoPeftModel", {}),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_the_auto_classes_open_what_minilora_wrote(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, auto_class, options = AUTO[name]
+    _, run, targets, trainable = MODELS[name]
+    model = minilora.inject(
+        saved_base(name, tmp_path / "base"), targets, LoRAConfig(r=4), trainable=trainable
+    )
+    minilora.save(randomise(model), tmp_path / "a", format="peft")
+    config = config_of(tmp_path / "a")
+    assert config["task_type"] == task
+    assert (config["auto_mapping"] is None) == (task is not None)
+    monkeypatch.setattr(peft.auto, "check_file_exists_on_hf_hub", lambda *_, **__: None)  # for a tokenizer
+    theirs = getattr(peft, auto_class).from_pretrained(tmp_path / "a", dtype=torch.float64, **options).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run(theirs), run(model), **EXACT)
+        assert torch.equal(
+            run(minilora.load(saved_base(name, tmp_path / "base"), tmp_path / "a")), run(model)
+        )
+
+
+def test_a_frozen_head_is_not_claimed_by_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With task_type SEQ_CLS, PEFT would look for the classifier in the file."""
+    model = minilora.inject(saved_base("bert", tmp_path / "base"), ["query"], LoRAConfig(r=4), trainable=())
+    minilora.save(randomise(model), tmp_path / "a", format="peft")
+    assert config_of(tmp_path / "a")["task_type"] is None
+    assert config_of(tmp_path / "a")["auto_mapping"] == {
+        "base_model_class": "BertForSequenceClassification",
+        "parent_library": "transformers.models.bert.modeling_bert",
+    }
+    monkeypatch.setattr(peft.auto, "check_file_exists_on_hf_hub", lambda *_, **__: None)
+    theirs = peft.AutoPeftModel.from_pretrained(tmp_path / "a", num_labels=3, dtype=torch.float64).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(MODELS["bert"][1](theirs), MODELS["bert"][1](model), **EXACT)
+
+
+def test_lora_on_the_head_is_not_claimed_by_a_task(tmp_path: Path) -> None:
+    model = minilora.inject(fresh("bert"), ["query", "classifier"], LoRAConfig(r=2))
+    minilora.save(randomise(model), tmp_path / "a", format="peft")
+    assert config_of(tmp_path / "a")["task_type"] is None
+    with torch.no_grad():
+        torch.testing.assert_close(by_peft("bert", tmp_path / "a"), MODELS["bert"][1](model), **EXACT)
+
+
+def test_the_model_card_is_one_that_the_hub_reads(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    model = minilora.inject(fresh("bert"), ["query"], LoRAConfig(r=4, alpha=8), trainable=["classifier"])
+    model.name_or_path = "google-bert/bert-base-uncased"
+    minilora.save(model, tmp_path / "a", format="peft")
+    card = hub.ModelCard.load(tmp_path / "a" / "README.md")
+    assert card.data.base_model == "google-bert/bert-base-uncased"
+    assert card.data.library_name == "peft"
+    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.tags == [
+        "base_model:adapter:google-bert/bert-base-uncased",
+        "lora",
+        "minilora",
+        "transformers",
+    ]
+    assert "| `bert.encoder.layer.*.attention.self.query` | 2 | LoRA, r = 4, alpha = 8 |" in card.text
+    assert "| `classifier` | 1 | trained in full |" in card.text
+    theirs = peft.get_peft_model(fresh("bert"), peft.LoraConfig(r=4, target_modules=["query"]))
+    theirs.save_pretrained(tmp_path / "a")  # PEFT takes the card for one of its own, and adds to it
+    assert hub.ModelCard.load(tmp_path / "a" / "README.md").data.library_name == "peft"

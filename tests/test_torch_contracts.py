@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import shutil
 import warnings
 
@@ -89,6 +90,28 @@ def test_compile_fullgraph_trains(kind, tokens):
     for eager, compiled in zip(*grads, strict=True):
         assert_equal_to_rounding(compiled, eager)
     torch.compiler.reset()
+
+
+def graphs(inject):
+    """Return how many graphs a stack of layers of many shapes needs for many numbers of tokens."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    widths = [16, 24, 36, 54, 80, 120, 180, 270, 400, 600]
+    model = nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
+    if inject:
+        minilora.inject(model, "all-linear", LoRAConfig(r=4))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for tokens in (700, 400, 250, 170, 110, 75, 50, 33, 22, 15, 10, 6):
+        x = torch.randn(tokens, 16)
+        assert_equal_to_rounding(compiled(x), model(x))
+    count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+    return count
+
+
+def test_compiling_for_every_number_of_tokens_needs_no_graph_more_than_the_base():
+    """The form is chosen by their number, which under dynamic shapes would be a graph for each side of it."""
+    assert 0 < graphs(inject=True) <= graphs(inject=False)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
@@ -320,6 +343,18 @@ def test_state_dict_of_a_merged_model_is_that_of_the_unmerged(case):
     kept = model.state_dict(keep_vars=True)
     assert all(kept[name] is p for name, p in model.named_parameters() if "base.weight" not in name)
     assert state(minilora.unmerge(model)) == before
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("tokens", [2, 200])
+def test_forward_mode_over_a_model(tokens):
+    model = randomise(minilora.inject(MLP().double(), ["up", "down"], trainable=["classifier"]))
+    x, dx = torch.randn(2, tokens, 16, dtype=torch.float64)
+    y, dy = torch.func.jvp(model, (x,), (dx,))
+    step = 1e-6
+    slope = (model(x + step * dx) - model(x - step * dx)) / (2 * step)
+    torch.testing.assert_close(dy, slope, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, model(x))
 
 
 def test_functional_call_and_vmap_over_updates():

@@ -20,6 +20,8 @@ SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 SUFFIX = ".safetensors"
 
+SAVE_ANEW = "A base can be saved as safetensors, anew too: model.save_pretrained(folder)"
+
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -81,14 +83,9 @@ class BaseFiles:
         tensors: dict[str, Stored] = {}
         left_out: dict[str, str] = {}
         for file_name in names:
-            with opened(folder / file_name) as file:
-                metadata = file.metadata() or {}
-                if native.METADATA_KEY in metadata:
-                    raise CheckpointError(f"{str(folder / file_name)!r} is an adapter, and no base model")
-                for name in file.keys():  # noqa: SIM118  a file, not a dictionary
-                    view = file.get_slice(name)
-                    tensors[name] = Stored(file_name, view.get_dtype(), tuple(view.get_shape()))
-            left_out |= {other: name for other, name in metadata.items() if name in tensors}
+            stored, metadata = _read_header(folder / file_name)
+            tensors |= stored
+            left_out |= {other: name for other, name in metadata.items() if name in stored}
         if index is not None:
             _require_agreement(folder / INDEX_FILE, index, tensors)
         config: Any = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -127,6 +124,22 @@ class BaseFiles:
             },
             transposed,
         )
+
+
+def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return what a file of a base says of its tensors, and its metadata."""
+    tensors: dict[str, Stored] = {}
+    try:
+        with opened(path) as file:
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118  a file, not a dictionary
+                view = file.get_slice(name)
+                tensors[name] = Stored(path.name, view.get_dtype(), tuple(view.get_shape()))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {SAVE_ANEW}") from error
+    if native.METADATA_KEY in metadata:
+        raise CheckpointError(f"{str(path)!r} is an adapter, and no base model")
+    return tensors, metadata
 
 
 def _by_file(names: Iterable[str], tensors: Mapping[str, Stored]) -> dict[str, list[str]]:
@@ -168,4 +181,4 @@ def _no_base(folder: Path) -> str:
     if single := [name for name in present if name.endswith(SUFFIX)]:
         return f"{message}, but {quoted(single)}: give the file itself, as --base {str(folder / single[0])!r}"
     holds = f", but {listed(present)}" if present else "; it is empty"
-    return f"{message}{holds}. Save the base as safetensors: model.save_pretrained(folder)"
+    return f"{message}{holds}. {SAVE_ANEW}"

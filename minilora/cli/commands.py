@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -160,6 +162,6 @@ def _size(path: Path) -> int:
 
 def _told(error: Exception) -> str:
     """Return an error as a sentence."""
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"there is no file or folder {str(error.filename)!r}"
+    if isinstance(error, OSError) and error.strerror == os.strerror(errno.ENOENT) and error.filename:
+        return f"there is no file or folder {os.fsdecode(error.filename)!r}"
     return str(error)

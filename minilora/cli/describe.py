@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..config import Config
@@ -41,9 +41,10 @@ def table(contents: Contents) -> Iterator[str]:
     for config, sites in contents.manifest.injections:
         yield f"{_heading(config)}:"
         yield from _rows([inventory.parts[site, config.kind] for site in sites])
-    for part in inventory.parts.values():
-        if part.config is None:
-            yield f"trained in full: {plain(part.name)}  {_columns(part.shapes)}"
+    whole = _stacks(part for part in inventory.parts.values() if part.config is None)
+    for (name, columns), stack in whole.items():
+        one = len(stack) == 1
+        yield f"trained in full: {plain(stack[0].name) if one else f'{name}  x{len(stack)}'}  {columns}"
     yield from _base(contents.base or Fingerprint())
     if contents.damage:
         yield f"damaged: {contents.damage}"
@@ -66,15 +67,22 @@ def _heading(config: Config) -> str:
     return f"{KINDS[config.kind].title} {' '.join(f'{key}={value}' for key, value in fields.items())}"
 
 
-def _rows(parts: Sequence[Part]) -> Iterator[str]:
-    groups: dict[tuple[str, str], list[Part]] = {}
+def _rows(parts: Iterable[Part]) -> Iterator[str]:
+    stacks = _stacks(parts)
+    width = max((len(name) for name, _ in stacks), default=0)
+    for (name, columns), stack in stacks.items():
+        norms = [norm for part in stack if (norm := _norm(part)) is not None]
+        size = spread(norms) if len(norms) == len(stack) else "unknown"
+        yield f"  {name:<{width}}  x{len(stack):<3}  {columns}  norm {size}"
+
+
+def _stacks(parts: Iterable[Part]) -> dict[tuple[str, str], list[Part]]:
+    """Return the parts that differ in their indices alone, by what they share: a name, and shapes."""
+    stacks: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
-        groups.setdefault((plain(generic(part.name)), _columns(part.shapes)), []).append(part)
-    width = max((len(name) for name, _ in groups), default=0)
-    for (name, shapes), group in groups.items():
-        norms = [norm for part in group if (norm := _norm(part)) is not None]
-        size = spread(norms) if len(norms) == len(group) else "unknown"
-        yield f"  {name:<{width}}  x{len(group):<3}  {shapes}  norm {size}"
+        columns = (f"{plain(key)} {_by(shape)}" for key, shape in part.shapes.items())
+        stacks.setdefault((plain(generic(part.name)), " ".join(columns)), []).append(part)
+    return stacks
 
 
 def _base(base: Fingerprint) -> Iterator[str]:
@@ -95,8 +103,8 @@ def _norm(part: Part) -> float | None:
     return None if update is None else update.norm()
 
 
-def _columns(shapes: Mapping[str, Sequence[int]]) -> str:
-    return " ".join(f"{plain(key)} {'x'.join(map(str, shape)) or 'scalar'}" for key, shape in shapes.items())
+def _by(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _short(dtype: object) -> str:

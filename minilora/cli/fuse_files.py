@@ -22,7 +22,8 @@ from ..errors import CheckpointError, quoted, several
 from ..files.atomic import new_folder, write_whole
 from ..files.contents import Contents
 from ..files.tensors import Entry, is_finite, opened, write_tensors
-from ..plan import WRAPPERS, Problems
+from ..plan import WRAPPERS
+from ..problems import Problems
 from .base_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, SUFFIX, BaseFiles
 from .inventory import KINDS, Inventory
 from .placement import Placement, place

@@ -51,6 +51,7 @@ class Part:
 class Inventory:
     """Whose the tensors of a file are.
 
+    >>> from minilora.plan import Manifest
     >>> contents = Contents(Manifest(((LoRAConfig(r=1), ("up",)),), ()), {"up.lora_A": torch.ones(1, 2)})
     >>> Inventory.of(contents).problems()
     ["missing from the file: 'up.lora_B'"]
@@ -79,7 +80,7 @@ class Inventory:
                     unclaimed.pop(full, None)
         whole: dict[str, dict[str, Tensor]] = {name: {} for name in contents.manifest.trainable}
         for full in list(unclaimed):
-            if (name := outermost_of(full, whole)) is not None and full != name:
+            if (name := outermost_of(full, whole)) is not None:
                 whole[name][full[len(name) + 1 :]] = unclaimed.pop(full)
         for name, tensors in whole.items():
             parts[name, TrainableHead.kind] = Part(name, TrainableHead.kind, None, tensors)

@@ -9,16 +9,19 @@ under older names altogether; there the adapter's fingerprint tells which weight
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..errors import CheckpointError, quoted, several
+import torch
+
+from ..errors import CheckpointError, listed, several
 from ..files.contents import Contents
 from ..files.fingerprint import Comparison, Fingerprint, Signature, compare
 from ..names import above, ends_with, nearest
-from ..plan import WRAPPERS, Problems
+from ..plan import WRAPPERS
+from ..problems import Problems
 from .base_files import BaseFiles
 from .inventory import Inventory, Part
 from .updates import LowRank
@@ -54,6 +57,9 @@ class Prefix:
 
     added: str = ""
     cut: str = ""
+
+    def __str__(self) -> str:
+        return f"with {self.added!r} in front" if self.added else f"without {self.cut!r}"
 
     def stored(self, name: str) -> str | None:
         """Return a name as the files have it; None where it lies outside all that they hold."""
@@ -107,7 +113,7 @@ def _find(sites: list[str], recorded: Fingerprint, base: BaseFiles, problems: Pr
     if found := find_by_value(sites, recorded, base):
         return Found(found, Prefix(), by_value=True)
     if fitting:
-        ways = quoted([(prefix.added and f"{prefix.added}...") or f"...{prefix.cut}" for prefix in fitting])
+        ways = listed([str(prefix) for prefix in fitting])
         for site in sites:
             problems.add(site, f"the names fit the base's in {len(fitting)} ways: {ways}")
         return Found({}, Prefix())
@@ -144,14 +150,13 @@ def find_by_value(sites: Iterable[str], recorded: Fingerprint, base: BaseFiles) 
     wanted = set(sites)
     if not base.config or not wanted <= recorded.signatures.keys():
         return {}
-    # By shape, and in the order of their first values, so that few have to be compared in full.
-    rows: dict[tuple[int, ...], list[tuple[float, str]]] = {}
+    # By shape and dtype, and in the order of their first values, so that few have to be compared in full.
+    rows: dict[tuple[int, ...], dict[torch.dtype, list[tuple[float, str]]]] = {}
     for site in wanted:
         signature = recorded.signatures[site]
         if signature.sample and not math.isnan(signature.sample[0]):
-            rows.setdefault(signature.shape, []).append((signature.sample[0], site))
-    for row in rows.values():
-        row.sort()
+            row = rows.setdefault(signature.shape, {}).setdefault(signature.dtype, [])
+            insort(row, (signature.sample[0], site))
     found: dict[str, str] = {}
     alike = [name for name, stored in base.tensors.items() if stored.shape in rows]
     for name, signature in base.signatures(alike):
@@ -163,13 +168,16 @@ def find_by_value(sites: Iterable[str], recorded: Fingerprint, base: BaseFiles) 
     return found if len(found) == len(set(found.values())) == len(wanted) else {}
 
 
-def _near(signature: Signature, row: list[tuple[float, str]]) -> list[str]:
-    """Return the sites whose first value may be the signature's own, cast: bfloat16 rounds by 1 in 256."""
+def _near(signature: Signature, rows: Mapping[torch.dtype, list[tuple[float, str]]]) -> Iterator[str]:
+    """Yield the sites whose first value may be the signature's own, or that value cast."""
     first = signature.sample[0]
-    margin = abs(first) / 64 + 1e-6
-    start = bisect_left(row, first - margin, key=lambda entry: entry[0])
-    end = bisect_right(row, first + margin, key=lambda entry: entry[0])
-    return [site for _, site in row[start:end]]
+    for dtype, row in rows.items():
+        margin = 0.0
+        if dtype != signature.dtype:  # wider than what `Signature.difference` allows
+            margin = 2 * abs(first) * max(torch.finfo(d).eps for d in (dtype, signature.dtype)) + 1e-6
+        start = bisect_left(row, first - margin, key=lambda entry: entry[0])
+        end = bisect_right(row, first + margin, key=lambda entry: entry[0])
+        yield from (site for _, site in row[start:end])
 
 
 def _by_name(sites: Iterable[str], prefix: Prefix, base: BaseFiles) -> Found:

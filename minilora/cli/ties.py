@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..files.fingerprint import Signature
+from ..names import generic
 from .base_files import BaseFiles
 from .placement import Placement, is_under_own_name
 
@@ -48,11 +49,15 @@ def find_ties(placement: Placement, base: BaseFiles) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, site in sites.items():
         if name in named:
-            found[site] = f"its weight is tied to {named[name]!r}, by the header of the file, {ADVICE}"
+            found[site] = (
+                f"its weight is tied to {generic(named[name])!r}, by the header of the file, {ADVICE}"
+            )
         elif name in twins:
-            found[site] = f"its weight is tied to {twins[name]!r}, whose values it has, {ADVICE}{DOUBT}"
+            found[site] = (
+                f"its weight is tied to {generic(twins[name])!r}, whose values it has, {ADVICE}{DOUBT}"
+            )
         elif name in by_words and not is_under_own_name(site, name):
-            found[site] = f"its weight is tied to {name!r}, under whose name it is stored, {ADVICE}"
+            found[site] = f"its weight is tied to {generic(name)!r}, under whose name it is stored, {ADVICE}"
         elif name in by_words and not untied and shapes[base.tensors[name].shape] == 1:
             found[site] = f"its weight is tied to the embedding, which is not stored apart, {ADVICE}{DOUBT}"
     return found

@@ -1,6 +1,6 @@
-"""`Contents`: all that an adapter file holds, whatever its format.
+"""`Announced` and `Contents`: what an adapter file says that it holds, and what it holds.
 
-Every format is read into it and written from it, so that what formats have in common is said once, in
+Every format is read into them and written from them, so that what formats have in common is said once, in
 `loading` and `saving`, and what sets them apart stays in the file of the format.
 """
 
@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..errors import CheckpointError
+from ..names import described, outermost_of
 from ..plan import Manifest
 from ..sites import Sites
 from .fingerprint import Fingerprint
+from .tensors import Entry
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,38 @@ class Contents:
     """By minilora's names: `<site>.lora_A`, ..., and trainable modules' tensors under their own."""
     base: Fingerprint | None = None
     """Of the base that it was trained on; None where the file says nothing about it."""
-    disagreements: Callable[[Sites], list[str]] = lambda sites: []
-    """What else the file says of the model that it belongs to, and this model contradicts."""
     damage: str | None = None
     """How the file is seen not to be what was written; None where it is whole, or cannot tell."""
     notes: tuple[str, ...] = ()
     """What a user should hear about this file, though nothing is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What an open adapter file says that it holds; of its tensors, no value has been read yet."""
+
+    manifest: Manifest
+    entries: Mapping[str, Entry]
+    """The tensors, by the names that they have in `Contents`."""
+    base: Fingerprint | None = None
+    """Of the base that it was trained on; None where the file says nothing about it."""
+    disagreements: Callable[[Sites], list[str]] = lambda sites: []
+    """What else the file says of the model that it belongs to, and this model contradicts."""
+    damage: Callable[[Mapping[str, Tensor]], str | None] = lambda tensors: None
+    """How the file is seen not to be what was written, given all its tensors; None where it is whole."""
+    rounds_heads: bool = False
+    """Whether the format's own library loads modules trained in full into a narrower dtype."""
+    notes: tuple[str, ...] = ()
+    """What a user should hear about this file, though nothing is wrong with it."""
+
+    def contents(self) -> Contents:
+        """Read the tensors.
+
+        Raises:
+            CheckpointError: for tensors, unread, that lie in nothing that the manifest names.
+        """
+        known = {name for name, _ in self.manifest.placed()}
+        if strays := [key for key in self.entries if outermost_of(key, known) is None]:
+            raise CheckpointError(f"in the file, but called for by nothing: {described(strays)}")
+        tensors = {name: entry.read() for name, entry in self.entries.items()}
+        return Contents(self.manifest, tensors, self.base, self.damage(tensors), self.notes)

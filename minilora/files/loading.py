@@ -1,7 +1,8 @@
 """From file to model: `load`.
 
 What the formats look like is told in `formats`; here is what they have in common: everything is checked
-before anything changes, and every problem is in one error.
+before anything changes, and every problem is in one error. Values are read last, and only those of tensors
+that the model has a place for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,14 +21,16 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..module import InjectedModule, device_of
-from ..names import described
+from ..names import described, outermost_of
 from ..plan import Manifest, build
+from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
 from ..training import freeze
 from ..words import explains_foreign_words
-from .contents import Contents
+from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
 from .formats import adapters, loralib, native, peft
+from .paths import path_for
 from .saving import saved_tensors
 from .tensors import FLOAT_DTYPES, is_finite
 
@@ -53,8 +57,8 @@ def load(
         model: the same architecture as the one that was saved; changed in place.
         path: of a file written by `save`, a PEFT folder, or what `format` says.
         format: "auto" takes a folder for PEFT's and a file for minilora's own. "loralib" is a
-            `.safetensors` file of `loralib.lora_state_dict(model)`; "adapters" a folder that the adapters
-            library saved for a BERT, with `use_safetensors=True`.
+            `.safetensors` file of `loralib.lora_state_dict(model)`, with or without a task head; "adapters"
+            a folder that the adapters library saved for a BERT, with `use_safetensors=True`.
         config: for "loralib" alone, whose files hold neither r nor alpha.
         check_base: refuse a base other than the one that the file was trained on, where the file tells.
 
@@ -68,32 +72,45 @@ def load(
         OSError: when there is no such file, or it cannot be read.
 
     Warns:
-        UserWarning: when a PEFT file trains modules that its config names in part only.
+        UserWarning: when a PEFT file trains modules that its config names in part only, or holds a head in
+            a wider dtype than the model's, to which it is rounded, as PEFT does.
+
+    Example:
+        >>> import copy
+        >>> base = nn.Sequential(nn.Linear(4, 2))
+        >>> model = minilora.inject(copy.deepcopy(base), "0", minilora.LoRAConfig(r=1))
+        >>> minilora.save(model, "adapter.safetensors")
+        >>> model = minilora.load(base, "adapter.safetensors")
+        >>> list(minilora.adapter_state_dict(model))
+        ['0.lora_A', '0.lora_B']
     """
+    file = path_for(path, model, call="load(model, path)")
     require_unwrapped(model)
-    contents = read(Path(path), format=format, config=config)
-    outcome = f"{os.fspath(path)!r} was not loaded and the model has not been changed"
-    sites, plan = Sites(model), None
-    problems = contents.disagreements(sites)
-    injected = {name: site for name, site in sites.injected().items() if any(w.trains for w in site.wrappers)}
-    if injected:
-        problems += _differences(contents.manifest, injected)
-    else:
-        plan, misfits = build(contents.manifest, sites, without_values=True)
-        injected = plan.sites()
-        problems += misfits.lines()
-        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-            problems.append("the model is on the meta device: give it its weights first, then load")
-    if problems:
-        raise CheckpointError(several(problems, outcome=outcome))
-    if problems := list(_misfits(saved_tensors(injected), contents.tensors)):
-        raise CheckpointError(several(problems, outcome=outcome))
-    if contents.damage:
-        raise CheckpointError(several([contents.damage], outcome=outcome))
-    if check_base and contents.base is not None:
-        _require_same_base(contents.base, injected, outcome)
-    values = _values(contents.tensors, injected, device_of(model))
-    for note in contents.notes:  # before anything changes: a warning may be turned into an error
+    sites = Sites(model)
+    outcome = f"{str(file)!r} was not loaded and the model has not been changed"
+    with _reading(file, format, config, sites) as announced:
+        plan, injected = (
+            None,
+            {n: s for n, s in sites.injected().items() if any(w.trains for w in s.wrappers)},
+        )
+        problems = announced.disagreements(sites)
+        if injected:
+            problems += _differences(announced.manifest, injected)
+        else:
+            plan, misfits = build(announced.manifest, sites, without_values=True)
+            injected = plan.sites()
+            problems += misfits.lines()
+            if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+                problems.append("the model is on the meta device: give it its weights first, then load")
+        if problems:
+            raise CheckpointError(several(problems, outcome=outcome))
+        tensors, problems, notes = _read_values(announced, saved_tensors(injected))
+        if problems := problems or [damage for damage in [announced.damage(tensors)] if damage]:
+            raise CheckpointError(several(problems, outcome=outcome))
+    if check_base and announced.base is not None:
+        _require_same_base(announced.base, injected, outcome)
+    values = _on_their_devices(tensors, injected, device_of(model))
+    for note in (*announced.notes, *notes):  # before anything changes: a warning may be turned into an error
         warnings.warn(note, UserWarning, stacklevel=3)
     for wrapper, state in values.items():
         wrapper.load_saved_state(state)
@@ -103,28 +120,24 @@ def load(
     return model
 
 
-def _values(
-    tensors: Mapping[str, Tensor], injected: Mapping[str, Site], default: torch.device
-) -> dict[InjectedModule, dict[str, Tensor]]:
-    """Return what each wrapper shall hold, all of it on its device before the first takes its share."""
-    values: dict[InjectedModule, dict[str, Tensor]] = {}
-    for name, site in injected.items():
-        device = device_of(site.bare, default)
-        for wrapper in site.wrappers:
-            values[wrapper] = {
-                key: tensors[f"{name}.{key}"].to(device, live.dtype)
-                for key, live in wrapper.saved_state().items()
-            }
-    return values
-
-
-def read(path: Path, *, format: ReadFormat = "auto", config: LoRAConfig | None = None) -> Contents:
-    """Return what an adapter file holds, in whatever format, without a model.
+def read(path: Path) -> Contents:
+    """Return what a file of minilora's or a PEFT folder holds, without a model.
 
     Raises:
         CheckpointError: when the file is not sound, or holds what minilora does not do.
-        MiniLoRAError: when `format` is none that is read, or `config` is given or left out wrongly.
         OSError: when there is no such file, or it cannot be read.
+    """
+    with peft.reading(path) if path.is_dir() else native.reading(path) as announced:
+        return announced.contents()
+
+
+def _reading(
+    path: Path, format: ReadFormat, config: LoRAConfig | None, sites: Sites
+) -> AbstractContextManager[Announced]:
+    """Return a context with what a file announces, in whatever format.
+
+    Raises:
+        MiniLoRAError: when `format` is none that is read, or `config` is given or left out wrongly.
     """
     if format not in get_args(ReadFormat):
         raise MiniLoRAError(f"format must be one of {quoted(get_args(ReadFormat))}, not {format!r}")
@@ -134,16 +147,59 @@ def read(path: Path, *, format: ReadFormat = "auto", config: LoRAConfig | None =
             'minilora.load(model, path, format="loralib", config=LoRAConfig(r=8, alpha=16))'
         )
     if config is not None:
-        return loralib.read(path, config)
+        return loralib.reading(path, config, sites)
     if format == "adapters":
-        return adapters.read(path)
+        return adapters.reading(path)
     if format == "peft" or (format == "auto" and path.is_dir()):
-        return peft.read(path)
-    return native.read(path)
+        return peft.reading(path)
+    return native.reading(path)
+
+
+def _read_values(
+    announced: Announced, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Read the tensors that fit, and return them with all problems, and with what a user should hear.
+
+    Args:
+        announced: what the file says that it holds.
+        expected: what the file's own manifest calls for on this model, by name.
+    """
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    if missing := [key for key in expected if key not in announced.entries]:
+        problems.append(f"missing from the file: {described(missing)}")
+    if extra := [key for key in announced.entries if key not in expected]:
+        problems.append(f"in the file, but called for by nothing: {described(extra)}")
+    misfits, rounded = Problems(), Problems()
+    heads = set(announced.manifest.trainable)
+    for key, target in expected.items():
+        if (entry := announced.entries.get(key)) is None:
+            continue
+        if entry.shape != tuple(target.shape):
+            misfits.add(key, f"shape {entry.shape}, the model needs {tuple(target.shape)}")
+            continue
+        if not _holds(target.dtype, entry.dtype):
+            in_head = outermost_of(key, heads) is not None
+            if not (announced.rounds_heads and in_head and _are_floats(target.dtype, entry.dtype)):
+                misfits.add(
+                    key,
+                    f"{entry.dtype}, which {target.dtype} cannot hold without loss; load into a model of "
+                    f"{entry.dtype} and cast it afterwards",
+                )
+                continue
+            rounded.add(key, f"{entry.dtype}, rounded to the model's {target.dtype}, as PEFT does")
+        tensors[key] = entry.read()
+        if not is_finite(tensors[key]):
+            misfits.add(key, "not finite")
+    return tensors, problems + misfits.lines(), rounded.lines()
 
 
 def _require_same_base(recorded: Fingerprint, injected: Mapping[str, Site], outcome: str) -> None:
-    concerned = {name: site for name, site in injected.items() if name in recorded.signatures}
+    concerned = {
+        name: site
+        for name, site in injected.items()
+        if any(wrapper.placed_at(name) in recorded.signatures for wrapper in site.wrappers)
+    }
     comparison = compare(recorded, Fingerprint.of(concerned))
     if comparison.different:
         raise CheckpointError(
@@ -181,28 +237,26 @@ def _differences(manifest: Manifest, injected: Mapping[str, Site]) -> Iterator[s
             yield f"{described(names)}: {what}; {advice}"
 
 
-def _misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield everything in which a file's tensors are not the ones that its own manifest calls for."""
-    if missing := [key for key in expected if key not in given]:
-        yield f"missing from the file: {quoted(missing)}"
-    if extra := [key for key in given if key not in expected]:
-        yield f"in the file, but called for by nothing: {quoted(extra)}"
-    for key, target in expected.items():
-        if (value := given.get(key)) is None:
-            continue
-        if value.shape != target.shape:
-            yield f"{key!r} has shape {tuple(value.shape)}, the model needs {tuple(target.shape)}"
-        elif not _holds(target.dtype, value.dtype):
-            yield (
-                f"{key!r} is {value.dtype}, which {target.dtype} cannot hold without loss; load into a model "
-                f"of {value.dtype} and cast it afterwards"
-            )
-        elif not is_finite(value):
-            yield f"{key!r} is not finite"
-
-
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Return whether every value of one dtype has its place in another."""
-    if {wide, narrow} <= set(FLOAT_DTYPES.values()):
-        return torch.promote_types(wide, narrow) == wide
-    return wide == narrow
+    return wide == narrow or (_are_floats(wide, narrow) and torch.promote_types(wide, narrow) == wide)
+
+
+def _are_floats(*dtypes: torch.dtype) -> bool:
+    return set(dtypes) <= set(FLOAT_DTYPES.values())
+
+
+def _on_their_devices(
+    tensors: Mapping[str, Tensor], injected: Mapping[str, Site], default: torch.device
+) -> dict[InjectedModule, dict[str, Tensor]]:
+    """Return what each wrapper shall hold, all of it on its device before the first takes its share."""
+    values: dict[InjectedModule, dict[str, Tensor]] = {}
+    for name, site in injected.items():
+        device = device_of(site.bare, default)
+        for wrapper in site.wrappers:
+            # A copy, because the file's own belongs to a buffer, and what is trained must be torch's.
+            values[wrapper] = {
+                key: tensors[f"{name}.{key}"].to(device, live.dtype, copy=True)
+                for key, live in wrapper.saved_state().items()
+            }
+    return values

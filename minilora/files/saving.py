@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..names import described
 from ..plan import Manifest
-from ..sites import Site, Sites, require_injected
+from ..problems import Problems
+from ..sites import Site, Sites, require_injected, require_unwrapped
 from ..training import thawed_parameters
 from .contents import Contents
 from .fingerprint import Fingerprint
 from .formats import native, peft
+from .paths import path_for
 from .tensors import is_finite
 
 WriteFormat = Literal["minilora", "peft"]
@@ -44,42 +45,62 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
     renamed: a good file that stood there is replaced whole or not at all. Merged or not, the same bytes
     are written.
 
-    "peft" is a folder that PEFT and vLLM read: `adapter_config.json` and `adapter_model.safetensors`. A
-    new folder appears whole or not at all. In one that exists the two files are replaced, others stay; if
-    the process dies meanwhile, the old adapter, the new one, or no `adapter_config.json` is found, never
-    the config of one with the tensors of the other.
+    "peft" is a folder that PEFT and vLLM read: `adapter_config.json`, `adapter_model.safetensors` and, for
+    the hub, `README.md`. A new folder appears whole or not at all. In one that exists these files are
+    replaced, a `README.md` of your own and other files stay; if the process dies meanwhile, the old
+    adapter, the new one, or no `adapter_config.json` is found, never the config of one with the tensors of
+    the other.
 
     Args:
         model: an injected model.
-        path: of the file or the folder; the folder it goes in exists.
+        path: of the file or the folder; the folder it goes in exists. The mode of a file that is there
+            already is kept, and a symbolic link is followed.
         format: "minilora" or "peft".
 
     Raises:
         CheckpointError: when a tensor is not finite, or has no values (meta), or the format cannot express
             what the model carries; nothing is written.
-        MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP or `torch.compile`.
-        OSError: when the file cannot be written.
+        MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP or `torch.compile`, or
+            an argument is wrong.
+        OSError: when the file cannot be written; what was there before still is.
+
+    Warns:
+        UserWarning: when parameters train that no injection brought, and that are not saved therefore.
+
+    Example:
+        >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0", minilora.LoRAConfig(r=1))
+        >>> minilora.save(model, "adapter.safetensors")
+        >>> minilora.save(model, "adapter", format="peft")
+        >>> sorted(os.listdir("adapter"))
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
+    target = path_for(path, model, call="save(model, path)")
     if format not in get_args(WriteFormat):
         raise MiniLoRAError(f"format must be one of {quoted(get_args(WriteFormat))}, not {format!r}")
-    injected = require_injected(model)
+    require_unwrapped(model)
+    sites = Sites(model)
+    injected = sites.injected() or require_injected(model)
     tensors = {key: tensor.detach() for key, tensor in saved_tensors(injected).items()}
-    problems = [f"{key!r} is on the meta device and has no values" for key, t in tensors.items() if t.is_meta]
-    problems += [f"{key!r} is not finite" for key, t in tensors.items() if not t.is_meta and not is_finite(t)]
+    problems = Problems()
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            problems.add(key, "on the meta device, without values")
+        elif not is_finite(tensor):
+            problems.add(key, "not finite")
     if problems:
-        raise CheckpointError(several(problems, outcome="nothing has been written"))
+        raise CheckpointError(several(problems.lines(), outcome="nothing has been written"))
     if thawed := thawed_parameters(model, injected):
         warnings.warn(
-            f"{described(thawed)}: trains, and is not saved with the adapter, since no injection brought it. "
-            "Name its module in inject(..., trainable=[...]), or freeze it: minilora.freeze(model)",
+            f"{described(thawed)}: trained, but not saved, since no injection brought it. Name its module in "
+            "inject(..., trainable=[...]), or freeze it: minilora.freeze(model)",
             UserWarning,
             stacklevel=2,
         )
     contents = Contents(Manifest.of(injected), tensors, base=Fingerprint.of(injected))
     if format == "peft":
-        peft.write(Path(path), contents, Sites(model))
+        peft.write(target, contents, sites)
     else:
-        native.write(Path(path), contents)
+        native.write(target, contents)
 
 
 def saved_tensors(injected: Mapping[str, Site]) -> dict[str, Tensor]:

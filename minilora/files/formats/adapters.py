@@ -13,20 +13,19 @@ second argument: neither is what a wrapper around one module can do, and both ar
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ...config import AdapterConfig, Config, LoRAConfig
 from ...errors import CheckpointError, MiniLoRAError, quoted, several
 from ...names import described, natural
 from ...plan import Manifest, grouped
 from ...sites import Sites
-from ..contents import Contents
-from ..tensors import read_json, read_tensors
+from ..contents import Announced
+from ..tensors import Entry, opened, read_json
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter.safetensors"
@@ -61,53 +60,54 @@ BOTTLENECK_MUST_BE = {
 }
 
 
-def read(path: Path) -> Contents:
-    """Return what a folder saved with `save_adapter(..., use_safetensors=True)` holds.
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Announced]:
+    """Open a folder saved with `save_adapter(..., use_safetensors=True)` and give what it says that it holds.
 
     Raises:
         CheckpointError: listing every field and tensor that is unsound or cannot be honoured.
         OSError: when there is no such folder, or its files cannot be read.
     """
     _require_files(path)
+    outcome = f"{str(path)!r} was not read"
     description: Any = read_json(path / CONFIG_FILE)
-    problems = list(_description_problems(description))
-    if problems:
-        raise CheckpointError(several(problems, outcome=f"{str(path)!r} was not read"))
+    if problems := list(_description_problems(description)):
+        raise CheckpointError(several(problems, outcome=outcome))
     fields: dict[str, Any] = description["config"]
     lora = fields.get("architecture") == "lora"
-    _, stored = read_tensors(path / TENSOR_FILE)
-    tensors, strangers = _renamed(stored, description["name"], lora)
-    if strangers:
-        kind = "LoRA" if lora else "bottleneck"
-        problems.append(f"{quoted(strangers)}: not a tensor of the {kind} adapter {description['name']!r}")
-    placed: dict[str, Config] = {}
-    try:
-        placed = dict(_placed(tensors, description, lora))
-    except MiniLoRAError as error:
-        problems.append(str(error))
-    heads: dict[str, Tensor] = {}
-    if (path / HEAD_FILE).exists():
-        _, heads = read_tensors(path / HEAD_FILE)
-        if flexible := sorted(key for key in heads if key.startswith("heads.")):
-            problems.append(
-                f"{quoted(flexible)}: heads of the library's own models have no place in transformers'"
-            )
-    if problems:
-        raise CheckpointError(several(problems, outcome=f"{str(path)!r} was not read"))
-    sites = sorted(placed, key=natural)
-    trainable = tuple(dict.fromkeys(key.split(".")[0] for key in heads))
-    drops = fields.get("dropout") if not lora else 0.0
-    return Contents(
-        Manifest(grouped((placed[site], site) for site in sites), trainable),
-        {**tensors, **heads},
-        disagreements=lambda present: _disagreements(fields, set(sites), present),
-        notes=(
+    with contextlib.ExitStack() as stack:
+        stored = stack.enter_context(opened(path / TENSOR_FILE)).entries()
+        entries, others = _renamed(stored, description["name"], lora)
+        if others:
+            kind = "LoRA" if lora else "bottleneck"
+            problems.append(f"{quoted(others)}: not a tensor of the {kind} adapter {description['name']!r}")
+        configs: dict[str, Config] = {}
+        try:
+            configs = dict(_configs(entries, description, lora))
+        except MiniLoRAError as error:
+            problems.append(str(error))
+        heads: dict[str, Entry] = {}
+        if (path / HEAD_FILE).exists():
+            heads = stack.enter_context(opened(path / HEAD_FILE)).entries()
+            if flexible := sorted(key for key in heads if key.startswith("heads.")):
+                problems.append(
+                    f"{quoted(flexible)}: heads of the library's own models have no place in transformers'"
+                )
+        if problems:
+            raise CheckpointError(several(problems, outcome=outcome))
+        sites = sorted(configs, key=natural)
+        trainable = tuple(dict.fromkeys(key.split(".")[0] for key in heads))
+        drops = fields.get("dropout") if not lora else 0.0
+        note = (
             f"{str(path)!r} was trained with dropout {drops} behind its bottlenecks, which further training "
-            "here will not apply",
+            "here will not apply"
         )
-        if drops
-        else (),
-    )
+        yield Announced(
+            Manifest(grouped((configs[site], site) for site in sites), trainable),
+            {**entries, **heads},
+            disagreements=lambda present: _disagreements(fields, set(sites), present),
+            notes=(note,) if drops else (),
+        )
 
 
 def _require_files(path: Path) -> None:
@@ -139,9 +139,10 @@ def _description_problems(description: object) -> Iterator[str]:
     if architecture not in (None, "lora"):
         yield f"architecture is {architecture!r}; LoRA and bottleneck adapters are supported"
         return
-    for name in ("leave_out", "attn_matrices"):
-        if not isinstance(fields.get(name, []), list):
-            yield f"{name} is {fields[name]!r:.100}, and not a list"
+    for name, kind in (("leave_out", int), ("attn_matrices", str)):
+        value = fields.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+            yield f"{name} is {value!r:.100}, and not a list of {kind.__name__}"
     must_be = LORA_MUST_BE if architecture == "lora" else BOTTLENECK_MUST_BE
     for name, (needed, reason) in must_be.items():
         if (value := fields.get(name, needed)) != needed:
@@ -154,7 +155,7 @@ def _description_problems(description: object) -> Iterator[str]:
             yield f"scaling is {fields['scaling']!r:.100}; a learned scale is not supported"
 
 
-def _renamed(stored: Mapping[str, Tensor], name: str, lora: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _renamed(stored: Mapping[str, Entry], name: str, lora: bool) -> tuple[dict[str, Entry], list[str]]:
     """Return the tensors by minilora's names, and the keys that do not belong to the adapter."""
     own = re.escape(name)
     pattern = (
@@ -162,21 +163,21 @@ def _renamed(stored: Mapping[str, Tensor], name: str, lora: bool) -> tuple[dict[
         if lora
         else rf"(?P<site>.+)\.adapters\.{own}\.adapter_(?P<part>down\.0|up)\.(?P<kind>weight|bias)"
     )
-    tensors: dict[str, Tensor] = {}
-    strangers = []
-    for key, tensor in stored.items():
+    entries: dict[str, Entry] = {}
+    others = []
+    for key, entry in stored.items():
         if not (match := re.fullmatch(pattern, key)):
-            strangers.append(key)
+            others.append(key)
         elif lora:
-            tensors[f"{match['site']}.{match['part']}"] = tensor
+            entries[f"{match['site']}.{match['part']}"] = entry
         else:
             part = match["part"].removesuffix(".0")
-            tensors[f"{match['site']}.dropout.adapter_{part}.{match['kind']}"] = tensor
-    return tensors, sorted(strangers)
+            entries[f"{match['site']}.dropout.adapter_{part}.{match['kind']}"] = entry
+    return entries, sorted(others)
 
 
-def _placed(
-    tensors: Mapping[str, Tensor], description: Mapping[str, Any], lora: bool
+def _configs(
+    entries: Mapping[str, Entry], description: Mapping[str, Any], lora: bool
 ) -> Iterator[tuple[str, Config]]:
     """Yield each site with its config.
 
@@ -189,16 +190,16 @@ def _placed(
         # Before 1.1.0 the library forgot alpha when it scaled, and now loads such files with alpha = r.
         alpha = r if _before_1_1(description.get("version")) else fields.get("alpha")
         config = LoRAConfig(r=r, alpha=alpha, dropout=fields.get("dropout", 0.0))
-        for key in tensors:
+        for key in entries:
             yield key.rpartition(".")[0], config
         return
-    for key, tensor in tensors.items():
+    for key, entry in entries.items():
         site, is_down, _ = key.partition(".adapter_down.weight")
         if is_down:
             yield (
                 site,
                 AdapterConfig(
-                    bottleneck=tensor.shape[0] if tensor.ndim else None,
+                    bottleneck=entry.shape[0] if entry.shape else None,
                     activation=ACTIVATIONS[fields["non_linearity"]],  # type: ignore[arg-type]
                     scale=fields.get("scaling", 1.0),
                     hidden_size=description["hidden_size"],
@@ -213,11 +214,11 @@ def _before_1_1(version: object) -> bool:
 
 def _disagreements(fields: Mapping[str, Any], sites: set[str], present: Sites) -> list[str]:
     """Return the sites that the config asks for on this model and the file lacks, and the other way round."""
-    expected = set()
-    for name in present:
-        match = re.fullmatch(r"(?:.*\.)?encoder\.layer\.(\d+)\.(.+)", name)
-        if match and int(match[1]) not in fields.get("leave_out", ()) and match[2] in _places(fields):
-            expected.add(name)
+    left_out, places = set(map(str, fields.get("leave_out", ()))), _places(fields)
+    matches = {name: re.fullmatch(r"(?:.*\.)?encoder\.layer\.(\d+)\.(.+)", name) for name in present}
+    expected = {
+        name for name, match in matches.items() if match and match[1] not in left_out and match[2] in places
+    }
     found = {
         "asked for by the config on this model, but without tensors in the file": expected - sites,
         "with tensors in the file, but not asked for by the config on this model": sites - expected,

@@ -13,8 +13,10 @@ checksum of all the rest: one byte that changed on a disk would otherwise be a w
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from torch import Tensor
 
 from ...errors import CheckpointError, MiniLoRAError
 from ...plan import CONFIGS, Manifest
-from ..contents import Contents
+from ..contents import Announced, Contents
 from ..fingerprint import Fingerprint
-from ..tensors import digest, entries_of, parse_json, read_tensors, write_tensors
+from ..tensors import digest, entries_of, opened, parse_json, write_tensors
+from .recognise import require_safetensors, what_it_is
 
 METADATA_KEY = "minilora"
 BASE_KEY = "minilora_base"
@@ -32,28 +35,36 @@ DIGEST_KEY = "minilora_sha256"
 FORMAT_VERSION = 1
 
 
-def read(path: Path) -> Contents:
-    """Return what a file holds. Inverse: `write`.
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Announced]:
+    """Open a file and give what it says that it holds. Inverse: `write`.
 
     Raises:
         CheckpointError: when the file is not sound, or not of this format.
         OSError: when there is no such file, or it cannot be read.
     """
-    metadata, tensors = read_tensors(path)
-    if METADATA_KEY not in metadata:
-        raise CheckpointError(
-            f"{str(path)!r} is no minilora file: its header has no {METADATA_KEY!r} entry. A file of another "
-            'format needs to be told so: minilora.load(model, path, format="loralib", config=...)'
-        )
-    try:
-        manifest = manifest_from_json(parse_json(metadata[METADATA_KEY], what="its header"))
-        return Contents(manifest, tensors, base=base_of(metadata), damage=damage(tensors, metadata))
-    except CheckpointError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be loaded: {error}") from error
+    require_safetensors(path)
+    with opened(path) as file:
+        metadata = file.metadata()
+        if METADATA_KEY not in metadata:
+            raise CheckpointError(
+                f"{str(path)!r} is no minilora file: its header has no {METADATA_KEY!r} entry. "
+                f"{what_it_is(path, file.keys())}"
+            )
+        try:
+            announced = Announced(
+                manifest_from_json(parse_json(metadata[METADATA_KEY], what="its header")),
+                file.entries(),
+                base=base_of(metadata),
+                damage=partial(damage, metadata=metadata),
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{str(path)!r} cannot be loaded: {error}") from error
+        yield announced
 
 
 def write(path: Path, contents: Contents) -> None:
-    """Write one file, whole or not at all. Inverse: `read`.
+    """Write one file, whole or not at all. Inverse: `reading`.
 
     Raises:
         CheckpointError: for a dtype that safetensors does not know.
@@ -78,7 +89,7 @@ def header(
 
 
 def damage(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str | None:
-    """Return how a file is seen to be damaged, or None. Inverse of the checksum in `header`."""
+    """Return how a file is seen to be damaged, or None. Inverse: the checksum in `header`."""
     if DIGEST_KEY not in metadata:
         return (
             f"it has no checksum ({DIGEST_KEY!r} in its header), so it was not written by minilora as it is"

@@ -1,0 +1,105 @@
+"""What a file or a folder is that was given in the place of another, and the call that reads it.
+
+Only names and a few bytes are looked at. Used where an error is certain, to say more than that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...errors import CheckpointError, quoted
+from ..tensors import MAX_HEADER_BYTES, opened
+
+PEFT_CONFIG = "adapter_config.json"
+
+
+def require_safetensors(path: Path) -> None:
+    """Raise for a file that plainly is of another kind.
+
+    Raises:
+        CheckpointError: naming the kind, and what to do.
+        OSError: when there is no such file, or it cannot be read.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a folder. {what_a_folder_is(path)}")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES:
+        return  # as in every safetensors file that is read
+    kind = f"{str(path)!r} is not a sound safetensors file"
+    if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
+        raise CheckpointError(
+            f"{kind} but a pickle, as torch.save writes it, which can run code when read and is never opened "
+            f"here. {_instead_of_pickle(path)}"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{kind} but stands for one that Git LFS has: run `git lfs pull` to get it")
+    if start.lstrip().startswith(b"{"):
+        of_peft = path.name == PEFT_CONFIG
+        hint = (
+            f": a PEFT adapter is the folder, minilora.load(model, {str(path.parent)!r})" if of_peft else ""
+        )
+        raise CheckpointError(f"{kind} but JSON{hint}")
+
+
+def what_it_is(path: Path, names: Iterable[str]) -> str:
+    """Return what a safetensors file is by the names of its tensors, and the call that reads it."""
+    names = list(names)
+    folder = str(path.parent)
+    if any(name.startswith("base_model.model.") for name in names):
+        if (path.parent / PEFT_CONFIG).exists():
+            return (
+                f"It has the tensors of a PEFT adapter, which is the folder: minilora.load(model, {folder!r})"
+            )
+        return f"It has the tensors of a PEFT adapter; {PEFT_CONFIG!r}, which belongs to it, is not beside it"
+    if any(re.search(r"\.(loras|adapters)\.[^.]+\.", name) for name in names):
+        return (
+            "It has the tensors of the adapters library, whose adapters are folders: "
+            f'minilora.load(model, {folder!r}, format="adapters")'
+        )
+    ours = any(name.endswith((".lora_A", ".adapter_down.weight")) for name in names)
+    if ours and any("base" in name.split(".") for name in names):
+        return (
+            "It is a checkpoint of a whole model with its injections, as a Trainer writes them. Inject as it "
+            f"was trained, then model.load_state_dict(safetensors.torch.load_file({str(path)!r})), and keep "
+            "the adapter alone with minilora.save(model, file)"
+        )
+    if ours:
+        return (
+            "It has LoRA tensors without a configuration, as loralib's files do: minilora.load(model, "
+            f'{str(path)!r}, format="loralib", config=minilora.LoRAConfig(r=..., alpha=...))'
+        )
+    return (
+        "There is no adapter's tensor in it, so it may be a whole model: "
+        f"model.load_state_dict(safetensors.torch.load_file({str(path)!r})), or from_pretrained({folder!r}) "
+        "of its class"
+    )
+
+
+def what_a_folder_is(folder: Path) -> str:
+    """Return what a folder is that is no PEFT adapter, and the call that reads what is in it."""
+    if inner := sorted(str(config.parent) for config in folder.glob(f"*/{PEFT_CONFIG}")):
+        return f"PEFT adapters are in {quoted(inner)}: minilora.load(model, {inner[0]!r})"
+    for path in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(CheckpointError, OSError), opened(path) as file:
+            if "minilora" in file.metadata():
+                return f"A file of minilora's is in it: minilora.load(model, {str(path)!r})"
+            return f"{path.name!r} is in it. {what_it_is(path, file.keys())}"
+    for path in sorted([*folder.glob("*.bin"), *folder.glob("*.pt")]):
+        return f"{path.name!r} is in it, a pickle by its name. {_instead_of_pickle(path)}"
+    return "Nothing in it is known here: " + (
+        quoted(sorted(path.name for path in folder.iterdir())) or "it is empty"
+    )
+
+
+def _instead_of_pickle(path: Path) -> str:
+    new = path.with_suffix(".safetensors")
+    of_peft = (path.parent / PEFT_CONFIG).exists()
+    then = str(path.parent if of_peft else new)
+    return (
+        f"If you trust it: safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True), "
+        f"{str(new)!r}), then minilora.load(model, {then!r})"
+    )
