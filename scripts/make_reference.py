@@ -58,15 +58,27 @@ def entry(name: str) -> str:
 
 
 def class_head(name: str, value: type) -> str:
-    bases = [
-        f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__
-        for base in value.__bases__
-        if base is not object and (base.__name__ in minilora.__all__ or "minilora" not in base.__module__)
-    ]
+    bases = public_bases(value)
     head = f"class {name}({', '.join(bases)}):" if bases else f"class {name}:"
     if issubclass(value, Exception):
         return f"{head} ..."
     return f"{head}\n{textwrap.indent(signature('def', '__init__', value), '    ')}"
+
+
+def is_named(kind: type) -> bool:
+    """Return whether the page, Python or torch has a name for a class."""
+    return kind.__name__ in minilora.__all__ or not kind.__module__.startswith("minilora")
+
+
+def public_bases(value: type) -> list[str]:
+    """Return the bases that have a name; in the place of one that has none, that one's own."""
+    names: list[str] = []
+    for base in value.__bases__:
+        if not is_named(base):
+            names += public_bases(base)
+        elif base is not object:
+            names.append(f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__)
+    return names
 
 
 def signature(keyword: str, name: str, value: object) -> str:
@@ -114,9 +126,14 @@ def is_paragraph(text: str) -> bool:
 
 
 def public_members(value: type) -> list[str]:
-    inherited = {"forward", "extra_repr", "state_dict", "training", "kind"}
-    names = {*vars(value), *inspect.get_annotations(value)}
-    return sorted(name for name in names - inherited if not name.startswith("_"))
+    """Return what a class offers beyond what the bases do that have a name."""
+    mro = list(value.__mro__)
+    named = next(i for i, kind in enumerate(mro) if i > 0 and is_named(kind))
+    own, known = (
+        {name for kind in kinds for name in (*vars(kind), *inspect.get_annotations(kind))}
+        for kinds in (mro[:named], mro[named:])
+    )
+    return sorted(name for name in own - known if not name.startswith("_"))
 
 
 def first_line(owner: type, member: str) -> str:
