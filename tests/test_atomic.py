@@ -236,9 +236,13 @@ def test_a_temporary_taken_for_a_leftover_at_its_birth_is_made_anew(
         times.append(1)
         return real(descriptor, patience)
 
+    def chunks() -> Iterator[bytes]:
+        yield b"new"
+        write_whole(tmp_path / "another", [b"new"])  # which removes what has no lock
+
     monkeypatch.setattr(atomic, "_lock", lock)
-    write_whole(tmp_path / "file", [b"new"])
-    assert contents(tmp_path) == {"file": b"new"}
+    write_whole(tmp_path / "file", chunks())
+    assert contents(tmp_path) == {"file": b"new", "another": b"new"}
 
 
 @posix

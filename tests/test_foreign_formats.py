@@ -214,6 +214,30 @@ def test_the_same_outputs_as_loralib(merge_weights: bool, tmp_path: Path) -> Non
     torch.testing.assert_close(minilora.fuse(bare)(x), theirs.eval()(x), rtol=0, atol=1e-5)
 
 
+def test_an_embedding_of_loralib(tmp_path: Path) -> None:
+    loralib = pytest.importorskip("loralib")
+    theirs = nn.Sequential(loralib.Embedding(10, 8, r=4, lora_alpha=6))
+    nn.init.normal_(theirs[0].lora_A, std=0.3)
+    safetensors.torch.save_file(loralib.lora_state_dict(theirs), tmp_path / "a.safetensors")
+    bare = nn.Sequential(nn.Embedding(10, 8))
+    bare[0].weight.data.copy_(theirs[0].weight)
+    ids, config = torch.arange(10), LoRAConfig(r=4, alpha=6)
+    minilora.load(bare, tmp_path / "a.safetensors", format="loralib", config=config)
+    assert not torch.equal(bare(ids), bare[0].base(ids))
+    torch.testing.assert_close(bare(ids), theirs.train()(ids), rtol=0, atol=1e-5)
+
+
+def test_a_whole_model_of_loralib_is_no_adapter(tmp_path: Path) -> None:
+    theirs, bare = by_loralib(tmp_path / "a.safetensors")
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "a.safetensors")
+    config = LoRAConfig(r=4, alpha=6)
+    with (
+        unchanged(bare),
+        pytest.raises(CheckpointError, match=r"'first\.bias', 'first\.weight'.*neither LoRA"),
+    ):
+        minilora.load(bare, tmp_path / "a.safetensors", format="loralib", config=config)
+
+
 def test_what_loralib_files_do_not_say(tmp_path: Path) -> None:
     pytest.importorskip("loralib")
     _, bare = by_loralib(tmp_path / "a.safetensors")

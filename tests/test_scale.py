@@ -258,6 +258,8 @@ def test_what_is_looked_up_is_what_the_expressions_match(expression: str) -> Non
         "a.b",
         "axb",
         "x.a.b",
+        "a.b.a.b",
+        "a.bx.a.b",
         "x.axb",
         "a.b.c",
         "query",
@@ -271,8 +273,8 @@ def test_what_is_looked_up_is_what_the_expressions_match(expression: str) -> Non
         "a.b\n",
     ]
     for around, parts in (
-        (matching.around_pattern, matching.ends),
-        (matching.around_left_out, matching.runs),
+        (matching.around_pattern, matching.end_parts),
+        (matching.around_left_out, matching.inner_parts),
     ):
         for others in ([expression], ["zzz", expression], [expression, "a.b"], ["a.b", expression]):
             found = matching.Expressions(others, around, parts)

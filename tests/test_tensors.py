@@ -105,6 +105,16 @@ def test_a_dtype_that_torch_does_not_have_is_listed_and_not_read(tmp_path: Path)
             file.entries()
 
 
+@pytest.mark.parametrize("ends", [(2, 1, 4), (3, 2, 4), (1, 2, 4)], ids=["overlap", "inside", "gap"])
+def test_values_that_do_not_follow_each_other(ends: tuple[int, int, int], tmp_path: Path) -> None:
+    """Of a dtype whose size nobody knows, so that the offsets alone can tell."""
+    first, second, end = ends
+    header = {"x": entry("F4", [4], 0, first), "y": entry("F4", [4], second, end)}
+    header_and(tmp_path / "a", header, 4)
+    with pytest.raises(CheckpointError, match="do not begin where others end"), opened(tmp_path / "a"):
+        pass
+
+
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     """A file that says to be of a TiB, and of which next to nothing is on the disk."""
     size = 2**40 if sys.platform == "linux" else 2**31

@@ -203,7 +203,7 @@ class PeftLoraConfig:
 
     @cached_property
     def _left_out(self) -> Expressions:
-        return Expressions(self.modules_to_save, matching.around_left_out, matching.runs)
+        return Expressions(self.modules_to_save, matching.around_left_out, matching.inner_parts)
 
     @cached_property
     def _saved(self) -> LooseEnds:

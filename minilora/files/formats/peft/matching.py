@@ -17,40 +17,35 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
+from ....names import above, ends
+
 SPECIAL = frozenset(".^$*+?{}[]|()\\")
 ESCAPED = SPECIAL | frozenset("-#&~ ")  # what re.escape, and people, put a backslash before
 
 Number = TypeVar("Number", int, float)
 
-Parts = Callable[[str], Iterable[tuple[int, str]]]
+Parts = Callable[[str], Iterable[tuple[bool, str]]]
 
 
-def ends(name: str) -> Iterator[tuple[int, str]]:
-    """Yield the whole-segment ends of a name, the name itself first, each with its place in it.
+def end_parts(name: str) -> Iterator[tuple[bool, str]]:
+    """Yield the ends of a name in whole segments, each with whether the name begins with it.
 
-    >>> list(ends("a.b.c"))
-    [(0, 'a.b.c'), (2, 'b.c'), (4, 'c')]
+    >>> list(end_parts("a.b"))
+    [(True, 'a.b'), (False, 'b')]
     """
-    at = 0
-    while True:
-        yield at, name[at:]
-        at = name.find(".", at) + 1
-        if not at:
-            return
+    for end in ends(name):
+        yield len(end) == len(name), end
 
 
-def runs(name: str) -> Iterator[tuple[int, str]]:
-    """Yield every run of whole segments in a name, each with its place in it.
+def inner_parts(name: str) -> Iterator[tuple[bool, str]]:
+    """Yield every run of whole segments in a name, each with whether the name begins with it.
 
-    >>> [run for _, run in runs("a.b.c")]
-    ['a', 'a.b', 'a.b.c', 'b', 'b.c', 'c']
+    >>> list(inner_parts("a.b"))
+    [(True, 'a'), (True, 'a.b'), (False, 'b')]
     """
-    for at, end in ends(name):
-        stop = end.find(".")
-        while stop >= 0:
-            yield at, end[:stop]
-            stop = end.find(".", stop + 1)
-        yield at, end
+    for first, end in end_parts(name):
+        for run in (*above(end), end):
+            yield first, run
 
 
 class LooseEnds:
@@ -102,9 +97,9 @@ class Expressions:
             found = (i for i, text in enumerate(self._texts) if re.match(self._around(text), name))
             return next(found, None)
         best = len(self._texts)
-        for at, part in self._parts(name):
+        for first, part in self._parts(name):
             for (dots, anchored), table in self._plain.get(len(part), {}).items():
-                if not (anchored and at):
+                if first or not anchored:
                     best = min(best, table.get(_without(part, dots), best))
         for index, expression in self._others:
             if index > best:
@@ -128,7 +123,7 @@ class NameMatch:
             self._matches = self._has_an_end_of
         elif names and all(map(is_plain, names.split("|"))):
             # As minilora writes it, for thousands of sites perhaps, where ends of names would catch others.
-            texts = Expressions(names.split("|"), lambda text: rf"(?:{text})\Z", lambda name: [(0, name)])
+            texts = Expressions(names.split("|"), lambda text: rf"(?:{text})\Z", lambda name: [(True, name)])
             self._matches = lambda name: texts.first(name) is not None
         else:
             expression = re.compile(names)
@@ -143,7 +138,7 @@ class NameMatch:
         return name in self._names
 
     def _has_an_end_of(self, name: str) -> bool:
-        return not self._names.isdisjoint(end for _, end in ends(name))
+        return not self._names.isdisjoint(ends(name))
 
 
 class PatternValues(Generic[Number]):
@@ -155,7 +150,7 @@ class PatternValues(Generic[Number]):
 
     def __init__(self, pattern: Mapping[str, Number]) -> None:
         self._values: list[Number] = list(pattern.values())
-        self._expressions = Expressions(list(pattern), around_pattern, ends)
+        self._expressions = Expressions(list(pattern), around_pattern, end_parts)
 
     def __call__(self, site: str, default: Number) -> Number:
         """Return the value of the first expression that fits the site, or the default."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ....config import LoRAConfig
 from ....errors import CheckpointError, MiniLoRAError, quoted, several
 from ....linear import linear_shape
-from ....names import above, described, natural
+from ....names import above, described, ends, natural
 from ....plan import Manifest, grouped
 from ....problems import Problems
 from ....sites import Sites
@@ -25,7 +25,6 @@ from ...tensors import Entry, opened, read_json
 from .. import native
 from ..recognise import what_a_folder_is
 from .config import CONFIG_FILE, PeftLoraConfig
-from .matching import ends
 
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -232,7 +231,7 @@ def _damage(metadata: Mapping[str, str], pairs: set[str], tensors: Mapping[str, 
 def _notes(path: Path, config: PeftLoraConfig, heads: Mapping[str, object]) -> Iterator[str]:
     """Yield what a user should hear of modules that are trained in full because of how their names end."""
     entries = set(config.modules_to_save)
-    loose = [module for module in heads if entries.isdisjoint(end for _, end in ends(module))]
+    loose = [module for module in heads if entries.isdisjoint(ends(module))]
     if loose:
         yield (
             f"modules_to_save of {str(path)!r} is [{quoted(config.modules_to_save)}]; by PEFT's rule, the "
@@ -252,7 +251,9 @@ def _disagreements(config: PeftLoraConfig, pairs: set[str], heads: set[str], sit
         "caught by modules_to_save on this model, but without tensors in the file": saved - inner - heads,
         "caught by modules_to_save inside a module that it catches too": inner,
         "LoRA on what is no linear layer, which PEFT lays out in a way that is not read yet": {
-            name for name in pairs & set(sites) if linear_shape(sites[name].bare) is None
+            name
+            for name in pairs
+            if name in sites and (sites[name].parameter or linear_shape(sites[name].bare) is None)
         },
         "shared by several parents, where PEFT adapts the first alone": (pairs | heads) & sites.shared(),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ....config import LoRAConfig
 from ....errors import CheckpointError, several
-from ....names import above, described, natural
+from ....names import above, described, ends, natural
 from ....plan import Manifest
 from ....sites import Sites
 from ...atomic import new_folder, write_together, write_whole
@@ -23,7 +23,7 @@ from ...tensors import Entry, chunks_of, entries_of
 from .. import native
 from .card import CARD_FILE, may_be_replaced, model_card
 from .config import CONFIG_FILE, PeftLoraConfig
-from .matching import Expressions, LooseEnds, around_left_out, ends, expression_problem, runs
+from .matching import Expressions, LooseEnds, around_left_out, expression_problem, inner_parts
 from .reader import MEANING_KEY, TENSOR_FILE, announced, peft_name
 from .task import auto_mapping, task_of
 
@@ -143,7 +143,7 @@ def _caught_otherwise(manifest: Manifest, sites: Sites) -> Iterator[str]:
     heads = manifest.trainable
     if shared := sites.shared() & {*injected, *heads}:
         yield f"{described(sorted(shared))}: shared by several parents; PEFT would adapt the first alone"
-    expressions = Expressions(heads, around_left_out, runs)
+    expressions = Expressions(heads, around_left_out, inner_parts)
     left_out: dict[str, list[str]] = {}
     for site in injected:
         if (index := expressions.first(site)) is not None:
@@ -217,7 +217,7 @@ def _target_names(adapted: set[str], sites: Sites | None) -> list[str] | str:
         return sorted(adapted, key=natural)
     names = [site.name for site in sites.unique()]
     chosen = set(_shortest(adapted, names).values())
-    if any(name not in adapted and any(end in chosen for _, end in ends(name)) for name in names):
+    if any(name not in adapted and not chosen.isdisjoint(ends(name)) for name in names):
         # A full name is the end of a longer one: only an expression, matched in full, tells them apart.
         return "|".join(re.escape(site) for site in sorted(adapted, key=natural))
     return sorted(chosen, key=natural)
@@ -249,7 +249,7 @@ def _shortest(chosen: Iterable[str], names: Iterable[str] | Counter[str]) -> dic
     found: dict[str, str] = {}
     for name in chosen:
         found[name] = name
-        for _, end in reversed(list(ends(name))):
+        for end in reversed(list(ends(name))):
             if end.partition(".")[0].isdigit():
                 break
             if counts[end] == of_chosen[end]:
@@ -259,7 +259,7 @@ def _shortest(chosen: Iterable[str], names: Iterable[str] | Counter[str]) -> dic
 
 
 def _end_counts(names: Iterable[str]) -> Counter[str]:
-    return Counter(end for name in names for _, end in ends(name))
+    return Counter(end for name in names for end in ends(name))
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:
