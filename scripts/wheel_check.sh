@@ -25,7 +25,7 @@ from torch import nn
 import minilora
 
 files = zipfile.ZipFile(sys.argv[1]).namelist()
-stray = [name for name in files if not re.match(r"minilora(-[^/]+\.dist-info)?/", name)]
+stray = [name for name in files if not re.match(r"minilora(_command\.py$|(-[^/]+\.dist-info)?/)", name)]
 assert not stray, f"in the wheel, but not of the package: {stray}"
 assert "minilora/py.typed" in files, "the wheel lacks py.typed: users would get no types"
 assert any(name.endswith("licenses/LICENSE") for name in files), "the wheel lacks LICENSE"

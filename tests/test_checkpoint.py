@@ -275,7 +275,10 @@ ALTERED = {
     "bad field": (field(r=0), "r must be an int from 1 to"),
     "huge number": (field(alpha=10**400), "alpha must be a finite number"),
     "another rank": (field(r=5), r"'up.lora_A': shape \(4, 16\), the model needs \(5, 16\)"),
-    "unknown site": (site(0, "upp", "down"), "'upp': the model has no such module; nearest: 'up'"),
+    "unknown site": (
+        site(0, "upp", "down"),
+        "'upp': the model has no such module or parameter; nearest: 'up'",
+    ),
     "site listed twice": (site(0, "up", "down", "up"), "'up': listed twice for lora"),
     "head listed twice": (
         say(trainable=["classifier", "classifier"]),

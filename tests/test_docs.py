@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import io
 import re
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,11 @@ def test_the_reference_has_every_public_name_and_no_other():
     assert sorted(sections()) == sorted(minilora.__all__)
 
 
+def test_the_reference_is_what_the_docstrings_say():
+    made = runpy.run_path(str(ROOT / "scripts" / "make_reference.py"))["page"]()
+    assert REFERENCE.read_text(encoding="utf-8") == made, "run: python scripts/make_reference.py"
+
+
 @pytest.mark.parametrize("name", minilora.__all__)
 def test_the_reference_is_current(name):
     section = sections()[name]
@@ -228,7 +234,7 @@ def test_the_pages_have_code():
 
 def test_every_fence_is_understood():
     """A misspelt mark, as in ```Python, would leave a block unrun and nobody the wiser."""
-    known = {"python", "python notest", "output", "text", "bash", "json", ""}
+    known = {"python", "python notest", "output", "text", "bash", "pycon", "json", ""}
     for path in [*PAGES, *([README] if README.exists() else [])]:
         text = path.read_text(encoding="utf-8")
         blocks = blocks_of(text)

@@ -237,13 +237,21 @@ def test_other_layers_and_biases_of_loralib_are_refused(tmp_path: Path) -> None:
 
     merged = nn.Sequential(loralib.MergedLinear(8, 24, r=4, lora_alpha=6, enable_lora=[True, False, True]))
     refused(merged, nn.Sequential(nn.Linear(8, 24)), "MergedLinear")
-    embedding = nn.Sequential(loralib.Embedding(10, 8, r=4, lora_alpha=6))
-    refused(embedding, nn.Sequential(nn.Embedding(10, 8)), "Embedding is not a linear layer")
     conv = nn.Sequential(loralib.Conv2d(3, 8, kernel_size=3, r=4, lora_alpha=6))
     refused(conv, nn.Sequential(nn.Conv2d(3, 8, 3)), "rank 12")
     biased = nn.Sequential(loralib.Linear(8, 12, r=4, lora_alpha=6))
     refused(biased, nn.Sequential(nn.Linear(8, 12)), r"'0\.bias': neither LoRA nor", bias="lora_only")
     refused(nn.Sequential(loralib.Linear(8, 12, r=0)), nn.Sequential(nn.Linear(8, 12)), "no LoRA tensor")
+
+
+def test_an_embedding_of_loralib_computes_the_same(tmp_path: Path) -> None:
+    loralib = pytest.importorskip("loralib")
+    theirs = nn.Sequential(loralib.Embedding(10, 8, r=4, lora_alpha=6)).train()
+    nn.init.normal_(theirs[0].lora_A)
+    safetensors.torch.save_file(loralib.lora_state_dict(theirs), tmp_path / "a.safetensors")
+    ours = nn.Sequential(nn.Embedding.from_pretrained(theirs[0].weight.detach().clone()))
+    minilora.load(ours, tmp_path / "a.safetensors", format="loralib", config=LoRAConfig(r=4, alpha=6))
+    assert torch.allclose(ours(torch.arange(10)), theirs(torch.arange(10)), atol=1e-5)
 
 
 def test_half_a_pair_is_refused(tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ class Fingerprint:
     """Sites whose weight has no signature, and why."""
     transposed: frozenset[str] = frozenset()
     """Sites whose weight is stored as (in, out), as transformers' `Conv1D` does."""
+    layers: Mapping[str, str] = field(default_factory=dict)
+    """Sites of LoRA that are no linear layers, with the names of their classes."""
 
     @classmethod
     def of(cls, injected: Mapping[str, Site]) -> Fingerprint:
@@ -138,6 +140,7 @@ class Fingerprint:
         signatures: dict[str, Signature] = {}
         unchecked: dict[str, str] = {}
         transposed: set[str] = set()
+        layers: dict[str, str] = {}
         for owner, site in injected.items():
             shape = linear_shape(site.bare)
             for wrapper in site.wrappers:
@@ -147,12 +150,14 @@ class Fingerprint:
                 layout = wrapper.layout if isinstance(wrapper, LoRA) else None
                 if layout.transposed if layout else shape and shape.transposed:
                     transposed.add(name)
+                if layout and (shape is None or name != owner):
+                    layers[name] = type(site.bare).__name__
                 weight = wrapper.signed_weight()
                 if isinstance(weight, str):
                     unchecked[name] = weight
                 elif weight is not None:
                     signatures[name] = Signature.of(weight)
-        return cls(signatures, unchecked, frozenset(transposed))
+        return cls(signatures, unchecked, layers=layers, transposed=frozenset(transposed))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values. Inverse: `from_dict`."""
@@ -163,6 +168,7 @@ class Fingerprint:
             "weights": {site: signature.to_dict() for site, signature in self.signatures.items()},
             "unchecked": reasons,
             "transposed": sorted(self.transposed),
+            **({"layers": dict(self.layers)} if self.layers else {}),
         }
 
     @classmethod
@@ -182,6 +188,7 @@ class Fingerprint:
                     {site: Signature.from_dict(entry) for site, entry in weights.items()},
                     {site: reason for reason, sites in reasons.items() for site in sites},
                     frozenset(transposed),
+                    _layers(value),
                 )
         raise CheckpointError(f"the fingerprint of the base in the header is not valid: {value!r:.200}")
 
@@ -245,6 +252,13 @@ def _places(numel: int) -> Tensor:
         return torch.arange(numel, device="cpu")
     # Steps of a fixed width would fall on few columns only; Knuth's multiplier scatters them.
     return torch.arange(1, SUMMED + 1, device="cpu") * 2654435761 % numel
+
+
+def _layers(entries: object) -> dict[str, str]:
+    value = entries.get("layers", {}) if isinstance(entries, dict) else None
+    if not isinstance(value, dict) or not all(isinstance(kind, str) for kind in value.values()):
+        raise CheckpointError(f"the layers in the fingerprint of the base are not valid: {value!r:.200}")
+    return dict(value)
 
 
 def _are_names(value: object) -> bool:

@@ -76,6 +76,7 @@ def load(
             a wider dtype than the model's, to which it is rounded, as PEFT does.
 
     Example:
+        >>> import copy
         >>> base = nn.Sequential(nn.Linear(4, 2))
         >>> model = minilora.inject(copy.deepcopy(base), "0", minilora.LoRAConfig(r=1))
         >>> minilora.save(model, "adapter.safetensors")

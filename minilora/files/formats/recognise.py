@@ -73,7 +73,7 @@ def what_it_is(path: Path, names: Iterable[str]) -> str:
             f'{str(path)!r}, format="loralib", config=minilora.LoRAConfig(r=..., alpha=...))'
         )
     return (
-        f"It has {len(names)} tensors and no adapter among them, so it may be a whole model: "
+        "There is no adapter's tensor in it, so it may be a whole model: "
         f"model.load_state_dict(safetensors.torch.load_file({str(path)!r})), or from_pretrained({folder!r}) "
         "of its class"
     )

@@ -45,6 +45,11 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         OSError: when the folder cannot be written.
     """
     problems = list(_inexpressible(contents.manifest))
+    if layers := (contents.base.layers if contents.base else {}):
+        problems.append(
+            f"{described(layers)}: PEFT's layout for LoRA on {', '.join(sorted(set(layers.values())))} is "
+            "not written yet; save this model in minilora's own format"
+        )
     if sites is not None and not problems:
         problems += _caught_otherwise(contents.manifest, sites)
     if problems:
@@ -56,7 +61,8 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         if isinstance(config, LoRAConfig)
     }
     tensors = {**contents.tensors, **_frozen_but_caught(contents.manifest, sites)}
-    tensors = {peft_name(name, set(configs)): tensor for name, tensor in tensors.items()}
+    adapted = set(configs)
+    tensors = {peft_name(name, adapted): tensor for name, tensor in tensors.items()}
     config = _config(contents, configs, sites)
     if problems := _said_otherwise(path, config, tensors, configs, sites):
         raise CheckpointError(several(problems, outcome="nothing has been written"))
@@ -92,8 +98,8 @@ def _said_otherwise(
     except CheckpointError as error:
         return [f"PEFT's format cannot express this adapter: {error}"]
     found = {
-        site: dataclasses.replace(config, dtype=None)
-        for config, names in read.manifest.injections
+        site: dataclasses.replace(lora, dtype=None)
+        for lora, names in read.manifest.injections
         for site in names
     }
     wrong = [
