@@ -58,11 +58,7 @@ def entry(name: str) -> str:
 
 
 def class_head(name: str, value: type) -> str:
-    bases = [
-        f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__
-        for base in value.__bases__
-        if base is not object and (base.__name__ in minilora.__all__ or "minilora" not in base.__module__)
-    ]
+    bases = public_bases(value)
     head = f"class {name}({', '.join(bases)}):" if bases else f"class {name}:"
     if issubclass(value, Exception):
         return f"{head} ..."
@@ -113,16 +109,38 @@ def is_paragraph(text: str) -> bool:
     return "\n" not in text
 
 
+def is_named(kind: type) -> bool:
+    """Return whether the page names a class: minilora's public ones, Python's and torch's."""
+    return kind.__name__ in minilora.__all__ or not kind.__module__.startswith("minilora.")
+
+
+def public_bases(value: type) -> list[str]:
+    """Return the bases that the page names; in the place of one that it does not, that one's own."""
+    names: list[str] = []
+    for base in value.__bases__:
+        if not is_named(base):
+            names += public_bases(base)
+        elif base is not object:
+            names.append(f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__)
+    return names
+
+
 def public_members(value: type) -> list[str]:
-    inherited = {"forward", "extra_repr", "state_dict", "training", "kind"}
-    names = {*vars(value), *inspect.get_annotations(value)}
-    return sorted(name for name in names - inherited if not name.startswith("_"))
+    """Return what a class offers beyond what the bases do that the page names."""
+    mro = list(value.__mro__)
+    named = next(i for i, kind in enumerate(mro) if i > 0 and is_named(kind))
+    names, known = (
+        {name for kind in kinds for name in (*vars(kind), *inspect.get_annotations(kind))}
+        for kinds in (mro[:named], mro[named:])
+    )
+    return sorted(name for name in names - known if not name.startswith("_"))
 
 
 def first_line(owner: type, member: str) -> str:
     """Return what a member is: its own docstring, that of the class above, or the string under a field."""
     for kind in owner.__mro__:
         value = vars(kind).get(member)
+        value = getattr(value, "__func__", value)  # of a class method
         if (callable(value) or isinstance(value, property)) and value.__doc__:
             return inspect.cleandoc(value.__doc__).split("\n\n")[0].replace("\n", " ")
         if kind.__module__.startswith("minilora"):
@@ -133,7 +151,7 @@ def first_line(owner: type, member: str) -> str:
                 return re.sub(r"\s+", " ", found[1])
             if found := re.search(rf"^    {member}: [^\n#]*#\s*([^\n]+)", source, re.MULTILINE):
                 return found[1]
-    return "see the class above."
+    raise LookupError(f"nothing says what {owner.__name__}.{member} is")
 
 
 if __name__ == "__main__":
