@@ -35,7 +35,8 @@ Targets = Target | Iterable[Target]
 ```
 
 and are explained in [Choosing targets](targets.md). Functions that change a model change it in place and
-return it. When one raises, nothing has changed.
+return it. When one raises, nothing has changed. An argument that another library takes, such as
+`target_modules=` or `lora_alpha=`, raises a `MiniLoRAError` that names the one here.
 """
 
 
