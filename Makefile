@@ -16,8 +16,9 @@ help:  ## List the targets
 demo: $(VENV)/.examples  ## Fine-tune a small BERT encoder: python examples/sst2.py
 	$(RUN) examples/sst2.py $(ARGS)
 
+# One process for each core, and one thread in each: more threads than cores only wait for each other.
 test: $(VENV)/.test  ## Run the tests
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 check: lint test  ## Everything that a change must pass: lint, then tests
 
