@@ -66,6 +66,22 @@ def class_head(name: str, value: type) -> str:
     return f"{head}\n{textwrap.indent(signature('def', '__init__', value), '    ')}"
 
 
+def is_named(kind: type) -> bool:
+    """Return whether the page, Python or torch has a name for a class."""
+    return kind.__name__ in minilora.__all__ or not kind.__module__.startswith("minilora")
+
+
+def public_bases(value: type) -> list[str]:
+    """Return the bases that have a name; in the place of one that has none, that one's own."""
+    names: list[str] = []
+    for base in value.__bases__:
+        if not is_named(base):
+            names += public_bases(base)
+        elif base is not object:
+            names.append(f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__)
+    return names
+
+
 def signature(keyword: str, name: str, value: object) -> str:
     found = inspect.signature(value)  # type: ignore[arg-type]
     lines = ["    self,"] if name == "__init__" else []
@@ -110,31 +126,15 @@ def is_paragraph(text: str) -> bool:
     return "\n" not in text
 
 
-def is_named(kind: type) -> bool:
-    """Return whether the page names a class: minilora's public ones, Python's and torch's."""
-    return kind.__name__ in minilora.__all__ or not kind.__module__.startswith("minilora.")
-
-
-def public_bases(value: type) -> list[str]:
-    """Return the bases that the page names; in the place of one that it does not, that one's own."""
-    names: list[str] = []
-    for base in value.__bases__:
-        if not is_named(base):
-            names += public_bases(base)
-        elif base is not object:
-            names.append(f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__)
-    return names
-
-
 def public_members(value: type) -> list[str]:
-    """Return what a class offers beyond what the bases do that the page names."""
+    """Return what a class offers beyond what the bases do that have a name."""
     mro = list(value.__mro__)
     named = next(i for i, kind in enumerate(mro) if i > 0 and is_named(kind))
-    names, known = (
+    own, known = (
         {name for kind in kinds for name in (*vars(kind), *inspect.get_annotations(kind))}
         for kinds in (mro[:named], mro[named:])
     )
-    return sorted(name for name in names - known if not name.startswith("_"))
+    return sorted(name for name in own - known if not name.startswith("_"))
 
 
 def first_line(owner: type, member: str) -> str:
