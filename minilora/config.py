@@ -30,6 +30,7 @@ class Config:
     """What both configs share: a check when built, and a way to JSON and back."""
 
     kind: ClassVar[str]
+    """What files call a config of this class."""
 
     dtype: torch.dtype | str | None = None
     """dtype of the new parameters, or its name, "bfloat16". None: float32, or float64 on a float64 base."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from .config import LoRAConfig
@@ -102,8 +103,15 @@ class LoRALinear(LoRA):
 
     @property
     def weight(self) -> Tensor:
-        """What `LoRA.substituted` says, or the base's own weight while merged or disabled."""
+        """What `LoRA.substituted` says, or the base's own weight while merged or disabled.
+
+        Raises:
+            MiniLoRAError: when the layer is merged and would be trained by reading its weight, as
+                `nn.MultiheadAttention` does with its `out_proj`.
+        """
         if self.merged or not self.enabled:
+            if isinstance(self.bare, NonDynamicallyQuantizableLinear):
+                self.require_unmerged_to_train()
             return self.base.weight  # type: ignore[return-value]
         return self.substituted()
 

@@ -105,6 +105,7 @@ class TrainedParameter(Substitution):
     position = 1
 
     trained: nn.Parameter
+    """The copy, which is trained."""
 
     def __init__(self, base: nn.Module, parameter: str) -> None:
         super().__init__(base, parameter)

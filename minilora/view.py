@@ -33,6 +33,7 @@ class Substitution(InjectedModule):
     """
 
     parameter: str
+    """The name, in the base, of the parameter in whose place the value stands."""
 
     def __init__(self, base: nn.Module, parameter: str) -> None:
         bare = bare_module(base)

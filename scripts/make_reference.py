@@ -35,7 +35,8 @@ Targets = Target | Iterable[Target]
 ```
 
 and are explained in [Choosing targets](targets.md). Functions that change a model change it in place and
-return it. When one raises, nothing has changed.
+return it. When one raises, nothing has changed. An argument that another library takes, such as
+`target_modules=` or `lora_alpha=`, raises a `MiniLoRAError` that names the one here.
 """
 
 
@@ -140,6 +141,7 @@ def first_line(owner: type, member: str) -> str:
     """Return what a member is: its own docstring, that of the class above, or the string under a field."""
     for kind in owner.__mro__:
         value = vars(kind).get(member)
+        value = getattr(value, "__func__", value)  # of a class method
         if (callable(value) or isinstance(value, property)) and value.__doc__:
             return inspect.cleandoc(value.__doc__).split("\n\n")[0].replace("\n", " ")
         if kind.__module__.startswith("minilora"):
@@ -150,7 +152,7 @@ def first_line(owner: type, member: str) -> str:
                 return re.sub(r"\s+", " ", found[1])
             if found := re.search(rf"^    {member}: [^\n#]*#\s*([^\n]+)", source, re.MULTILINE):
                 return found[1]
-    return "see the class above."
+    raise LookupError(f"nothing says what {owner.__name__}.{member} is")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_api import imported, modules
 
 import minilora
 
@@ -206,6 +207,17 @@ def assert_same_signature(written: ast.FunctionDef, value: Any) -> None:
             assert parameter.default is inspect.Parameter.empty, name
         else:
             assert eval(ast.unparse(default), vars(minilora) | {"torch": torch}) == parameter.default, name
+
+
+def test_how_it_works_names_every_file_of_the_core_and_no_other():
+    table = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8").split("| file | has |")[1]
+    rows = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
+    row = {name: i for i, names in enumerate(rows) for name in re.findall(r"`([\w./]+)`", names)}
+    core = {f"{name}.py": path for name, path in modules().items() if "." not in name and path.stem == name}
+    del core["__init__.py"], core["__main__.py"]
+    assert sorted(row) == sorted([*core, "files/", "cli/"])
+    for file, path in core.items():
+        assert all(row[f"{name}.py"] >= row[file] for name in imported(path.stem, path)), file
 
 
 # Tests of the tests
