@@ -115,7 +115,9 @@ def test_compiling_for_every_number_of_tokens_needs_no_graph_more_than_the_base(
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
-def test_compile_with_inductor():
+def test_compile_with_inductor(tmp_path, monkeypatch):
+    # What another run compiled for other instructions of this processor would not load here.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = injected(CASES["mlp"])
     compiled = torch.compile(model, fullgraph=True)
     x = torch.randn(40, 16)
