@@ -18,7 +18,7 @@ demo: $(VENV)/.examples  ## Fine-tune a small BERT encoder: python examples/sst2
 
 # One process for each core, and one thread in each: more threads than cores only wait for each other.
 test: $(VENV)/.test  ## Run the tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: lint test  ## Everything that a change must pass: lint, then tests
 

@@ -24,13 +24,20 @@ import minilora
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
-pytest.importorskip("accelerate")
+accelerate_state = pytest.importorskip("accelerate.state")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAMPLE = EXAMPLES / "data" / "movie_sentences"
 TINY_RUN = ["--limit", "24", "--epochs", "2", "--batch-size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _a_process_of_its_own() -> None:
+    """accelerate keeps its settings for the life of a process; here each run shall begin without any."""
+    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate_state.GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +177,16 @@ def test_end_to_end(
     modules = [m for m in model.modules() if isinstance(m, minilora.InjectedModule)]
     assert {module.kind for module in modules} == kinds | {"trainable"}
     assert minilora.summary(model).trainable == metrics["parameters"]["trainable"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_runs_in_16_bits(
+    precision: str, example: Callable[[str], ModuleType], tiny_bert: str, tmp_path: Path
+) -> None:
+    arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--mixed-precision", precision]
+    assert example("sst2").main([*arguments, "--output", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["arguments"]["mixed_precision"] == precision
 
 
 def test_same_seed_same_run(example: Callable[[str], ModuleType], tiny_bert: str, tmp_path: Path) -> None:
@@ -507,7 +524,6 @@ def test_what_was_asked_for_is_never_replaced(
     [
         (["--rank", "3000000000"], "3000000000"),
         (["--max-length", "600"], "256 tokens at most"),
-        (["--mixed-precision", "fp16"], "fp16"),
         (["--output", __file__], "--output"),
     ],
 )

@@ -97,7 +97,7 @@ def argument_parser(
     add("--max-grad-norm", type=_norm, default=1.0, metavar="X", help=norm)
     seed = "decides the split, the order and the initial values (default: %(default)s)"
     add("--seed", type=_seed, default=0, metavar="N", help=seed)
-    precision = "fp16 needs a GPU (default: %(default)s)"
+    precision = "fp16 is meant for GPUs, bf16 for either (default: %(default)s)"
     add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help=precision)
 
     add = parser.add_argument_group("LoRA").add_argument
