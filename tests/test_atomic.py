@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -245,13 +246,78 @@ def test_a_temporary_taken_for_a_leftover_at_its_birth_is_made_anew(
     assert contents(tmp_path) == {"file": b"new", "another": b"new"}
 
 
+def test_a_temporary_taken_for_a_leftover_before_it_is_opened_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = Path.touch, []
+
+    def touch(path: Path, *args: Any, **kwargs: Any) -> None:
+        real(path, *args, **kwargs)
+        made.append(path)
+        if len(made) == 1:
+            path.unlink()
+
+    monkeypatch.setattr(Path, "touch", touch)
+    write_whole(tmp_path / "file", [b"new"])
+    assert contents(tmp_path) == {"file": b"new"}
+    assert len(made) == (1 if atomic.fcntl is None else 2)
+
+
+def test_whoever_has_no_patience_does_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the clock stands still between two looks at it."""
+    if atomic.fcntl is None:
+        pytest.skip("needs locks")
+    monkeypatch.setattr(atomic.time, "monotonic", lambda: 1.0)
+    with atomic.one_at_a_time(tmp_path), pytest.raises(BlockingIOError), atomic._locked(tmp_path):
+        pass
+
+
+@posix
+def test_a_save_that_begins_amid_another_keeps_the_modes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At that time the old files are away, and the new ones not yet there."""
+    if atomic.fcntl is None:
+        pytest.skip("needs locks")
+    for name in OLD:
+        (folder / name).chmod(0o600)
+    real, pause, waits, threads = os.replace, time.sleep, threading.Event(), []
+
+    def sleep(seconds: float) -> None:
+        if threading.current_thread().name == "second":
+            waits.set()
+        pause(seconds)
+
+    def replace(source: Any, target: Any) -> None:
+        if threading.current_thread().name == "first" and Path(source).name.startswith(".") and not threads:
+            assert not any((folder / name).exists() for name in OLD)
+            threads.append(threading.Thread(target=write_together, args=(folder, OLD_AGAIN), name="second"))
+            threads[0].start()
+            assert waits.wait(60)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(atomic.time, "sleep", sleep)
+    first = threading.Thread(target=write_together, args=(folder, NEW), name="first")
+    first.start()
+    first.join()
+    threads[0].join()
+    assert contents(folder) == {"tensors": b"third tensors", "config": b"third config", "other": b"other"}
+    assert [stat.S_IMODE((folder / name).stat().st_mode) for name in OLD] == [0o600, 0o600]
+
+
 @posix
 def test_two_saves_into_one_folder_come_one_after_the_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if atomic.fcntl is None:
         pytest.skip("needs locks")
-    real, waits, threads = os.replace, threading.Event(), []
+    real, pause, waits, threads = os.replace, time.sleep, threading.Event(), []
+
+    def sleep(seconds: float) -> None:
+        if threading.current_thread().name == "second":
+            waits.set()
+        pause(seconds)
 
     def replace(source: Any, target: Any) -> None:
         if threading.current_thread().name == "first" and not threads:
@@ -261,7 +327,7 @@ def test_two_saves_into_one_folder_come_one_after_the_other(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(atomic.time, "sleep", lambda seconds: waits.set())
+    monkeypatch.setattr(atomic.time, "sleep", sleep)
     first = threading.Thread(target=write_together, args=(folder, NEW), name="first")
     first.start()
     first.join()

@@ -46,7 +46,7 @@ def write_whole(path: Path, chunks: Chunks) -> None:
     with _errors_name(path):
         target = Path(os.path.realpath(path))
         _remove_leftovers(target.parent)
-        with _written_beside(target, chunks) as temporary:
+        with _written_beside(target, chunks, _mode(target)) as temporary:
             os.replace(temporary, target)
         _flush_folder(target.parent)
 
@@ -68,10 +68,13 @@ def write_together(folder: Path, files: Mapping[str, Chunks]) -> None:
     """
     with _errors_name(folder), contextlib.ExitStack() as stack:
         _remove_leftovers(folder)
-        new: dict[Path, Path] = {}
-        for name, chunks in files.items():
-            target = Path(os.path.realpath(folder / name))
-            new[target] = stack.enter_context(_written_beside(target, chunks))
+        targets = {Path(os.path.realpath(folder / name)): chunks for name, chunks in files.items()}
+        with one_at_a_time(folder):  # amid another's exchange, the old ones would seem to be missing
+            modes = {target: _mode(target) for target in targets}
+        new = {
+            target: stack.enter_context(_written_beside(target, chunks, modes[target]))
+            for target, chunks in targets.items()
+        }
         stack.enter_context(one_at_a_time(folder))
         old = {target: _beside(target) for target in new if target.exists()}
         for target in old:
@@ -135,11 +138,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _written_beside(target: Path, chunks: Chunks) -> Iterator[Path]:
+def _written_beside(target: Path, chunks: Chunks, mode: int | None) -> Iterator[Path]:
     """Give a temporary file that is written and flushed, for the block to rename; else it is removed."""
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     # Not for a moment may more people read it than what it replaces.
     make = Path.touch if mode is None else _make_private
     with _made_beside(target, make) as temporary:
@@ -159,18 +159,35 @@ def _made_beside(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     while True:
         temporary = _beside(target)
         make(temporary)
-        try:
-            with _locked(temporary, PATIENCE):
-                if temporary.exists():  # else it was taken for a leftover before it was locked
-                    yield temporary
-                    return
-        finally:
-            _remove(temporary)
+        with contextlib.ExitStack() as stack:
+            stack.callback(_remove, temporary)
+            try:
+                stack.enter_context(_locked(temporary, PATIENCE))
+            except FileNotFoundError:
+                continue  # it was taken for a leftover before it was opened
+            if temporary.exists():  # else before it was locked
+                yield temporary
+                return
 
 
 def _beside(target: Path) -> Path:
     """Return a name on the same disk, so that a rename is all it takes."""
     return target.with_name(f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}")
+
+
+def _mode(target: Path) -> int | None:
+    """Return the mode of the file that will be replaced, or None where there is none.
+
+    Raises:
+        IsADirectoryError: when it is a folder.
+    """
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return stat.S_IMODE(mode)
 
 
 def _make_private(path: Path) -> None:
@@ -223,7 +240,7 @@ def _lock(descriptor: int, patience: float) -> bool:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > until:
+            if time.monotonic() >= until:
                 raise
             time.sleep(0.01)
         except OSError:
