@@ -197,7 +197,7 @@ def _instead(names: list[str], sites: Sites) -> str:
 
 
 def _warn_of_frozen_head(sites: Sites, chosen: Iterable[str]) -> None:
-    trained = {*chosen, *(n for n, s in sites.injected().items() if any(w.trains for w in s.wrappers))}
+    trained = {*chosen, *(name for name, site in sites.injected().items() if site.trains)}
     frozen = [
         name for name in head_modules(sites.model) if not any(lies_within(site, name) for site in trained)
     ]

@@ -200,7 +200,7 @@ def _missing(name: str, sites: Sites, problems: Problems) -> str | None:
 def _taken(site: Site, config: Config, sites: Sites, plan: Plan) -> str | None:
     """Return why a config cannot be injected at a site, for what is there already or planned, or None."""
     for outer in (*above(site.owner), site.owner):
-        if any(wrapper.trains_whole_module for wrapper in sites[outer].wrappers):
+        if sites[outer].trained_in_full:
             return f"lies in {outer!r}, which is trained in full; leave it out with exclude=..."
         if any(kind.__name__ == "BaseTunerLayer" for kind in type(sites[outer].bare).__mro__):
             return (
@@ -274,7 +274,7 @@ def _overlaps(manifest: Manifest, sites: Sites) -> dict[str, str]:
         for wrapper in s.wrappers
         if wrapper.trains
     }
-    whole = {name for name, s in sites.injected().items() if any(w.trains_whole_module for w in s.wrappers)}
+    whole = sites.trained_in_full()
     found: dict[str, set[str]] = {}
     for name in heads & taken:
         found.setdefault(name, set()).add(name)

@@ -44,6 +44,21 @@ class Site:
         """What stands in the model under the name at present."""
         return self.wrappers[0] if self.wrappers else self.bare
 
+    @property
+    def trains(self) -> bool:
+        """Whether something is trained here that an injection brought."""
+        return any(wrapper.trains for wrapper in self.wrappers)
+
+    @property
+    def trained_in_full(self) -> bool:
+        """Whether the module is trained as it is, with all that is inside it."""
+        return any(wrapper.trains_whole_module for wrapper in self.wrappers)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the module computes with a merged weight at present."""
+        return any(wrapper.merged for wrapper in self.wrappers)
+
 
 class Sites(Mapping[str, Site]):
     """Every module in a model by name, in the model's order; a shared module comes under each name.
@@ -134,6 +149,10 @@ class Sites(Mapping[str, Site]):
     def injected(self) -> dict[str, Site]:
         """Return the sites that carry wrappers."""
         return {site.name: site for site in self.unique() if site.wrappers}
+
+    def trained_in_full(self) -> set[str]:
+        """Return the names of the modules that are trained as they are, with all that is inside them."""
+        return {site.name for site in self.unique() if site.trained_in_full}
 
 
 def _by_end(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -9,9 +9,10 @@ from torch import nn
 from .mergeable import Mergeable
 from .module import InjectedModule
 from .names import generic, outermost_of
-from .sites import Sites, injected_sites, require_unwrapped
+from .sites import Sites, require_unwrapped
 from .torch_internals import own_parameters
 from .training import added_tensors, thawed_parameters
+from .view import Substitution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Summary:
     base: int
     """Number of parameters of the base model."""
     reached: float | None = None
-    """The share of the base's matrix weights under LoRA, from 0 to 1, but for modules trained in full; None
+    """The share of the base's matrix weights under LoRA, from 0 to 1, but for what is trained in full; None
     where there is no LoRA."""
     left_out: tuple[tuple[str, int], ...] = ()
     """The modules whose matrix weights LoRA does not reach, by size: generic name and number."""
@@ -96,7 +97,9 @@ def summary(model: nn.Module) -> Summary:
         32
     """
     require_unwrapped(model)
-    injected = injected_sites(model)
+    sites = Sites(model)
+    injected = sites.injected()
+    added = added_tensors(injected)
     groups: dict[tuple[str, str, str], list[InjectedModule]] = {}
     for name, site in injected.items():
         for wrapper in site.wrappers:
@@ -121,7 +124,7 @@ def summary(model: nn.Module) -> Summary:
     ]
     if injected:
         thawed: dict[str, list[int]] = {}
-        for name, parameter in thawed_parameters(model, injected).items():
+        for name, parameter in thawed_parameters(model, added).items():
             thawed.setdefault(generic(name), []).append(parameter.numel())
         rows += [
             SummaryRow(
@@ -133,8 +136,7 @@ def summary(model: nn.Module) -> Summary:
             )
             for name, n in thawed.items()
         ]
-    added = added_tensors(injected)
-    reached, left_out = _reach(model)
+    reached, left_out = _reach(sites)
     return Summary(
         model=type(model).__name__,
         rows=tuple(rows),
@@ -145,32 +147,35 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _reach(model: nn.Module) -> tuple[float | None, tuple[tuple[str, int], ...]]:
-    """Return the share of the bare model's matrix weights under LoRA, and whose are not."""
-    sites = Sites(model)
-    found = [w for site in sites.unique() for w in site.wrappers if isinstance(w, Mergeable)]
-    under = {id(parameter) for wrapper in found for parameter in wrapper.replaced_by_merging()}
-    trained = {s.name for s in sites.unique() if any(w.trains_whole_module for w in s.wrappers)}
-    all_of_it = reached = 0
-    left: dict[str, list[int]] = {}
-    seen: set[int] = set()
+def _reach(sites: Sites) -> tuple[float | None, tuple[tuple[str, int], ...]]:
+    """Return the share of the bare model's matrix weights under LoRA, and whose are not.
+
+    A matrix that several modules share counts once, and is reached where any of them has LoRA on it.
+    """
+    trained = sites.trained_in_full()
+    sizes: dict[int, int] = {}
+    names: dict[int, str] = {}
+    under: set[int] = set()
     for site in sites.parameters():
-        parameter = own_parameters(site.bare)[site.parameter or ""]
-        covered = any(w in site.wrappers and w.parameter == site.parameter for w in found)
-        if parameter is None or parameter.dim() < 2 or not parameter.is_floating_point():
+        matrix = own_parameters(site.bare)[site.parameter or ""]
+        over = [w for w in site.wrappers if isinstance(w, Substitution) and w.parameter == site.parameter]
+        lora = [w for w in over if isinstance(w, Mergeable)]
+        if lora:
+            matrix = next(iter(lora[0].replaced_by_merging()), matrix)  # merged, another one stands there
+        if matrix is None or matrix.dim() < 2 or not matrix.is_floating_point():
             continue
-        if outermost_of(site.owner, trained) is not None:
+        if (over and not lora) or outermost_of(site.owner, trained) is not None:
             continue  # trained in full
-        if id(parameter) in seen and not covered:
-            continue  # tied: counted once
-        seen.add(id(parameter))
-        all_of_it += parameter.numel()
-        if covered or id(parameter) in under:
-            reached += parameter.numel()
-        else:
-            name = generic(site.owner if site.parameter == "weight" else site.name)
-            left.setdefault(name, []).append(parameter.numel())
-    if not found or not all_of_it:
+        sizes[id(matrix)] = matrix.numel()
+        names.setdefault(id(matrix), generic(site.owner if site.parameter == "weight" else site.name))
+        if lora:
+            under.add(id(matrix))
+    if not under:
         return None, ()
+    left: dict[str, list[int]] = {}
+    for key, size in sizes.items():
+        if key not in under:
+            left.setdefault(names[key], []).append(size)
     largest_first = sorted(left.items(), key=lambda item: -sum(item[1]))
-    return reached / all_of_it, tuple((name, len(sizes)) for name, sizes in largest_first)
+    reached = sum(sizes[key] for key in under) / sum(sizes.values())
+    return reached, tuple((name, len(members)) for name, members in largest_first)

@@ -179,8 +179,7 @@ def _matches(target: re.Pattern[str] | Callable[[str, Any], bool], name: str, va
 
 
 def _all_linear(sites: Sites, left_alone: Iterable[str]) -> list[str]:
-    trained = {s.name for s in sites.unique() if any(w.trains_whole_module for w in s.wrappers)}
-    spared = {*left_alone, *trained, *head_modules(sites.model)}
+    spared = {*left_alone, *sites.trained_in_full(), *head_modules(sites.model)}
     output = output_embedding(sites.model)
     modules = (
         sites.first_name(site)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -46,7 +46,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> [tuple(parameter.shape) for parameter in minilora.trainable_parameters(model)]
         [(1, 4), (2, 1)]
     """
-    merged = [site for site in injected_sites(model).values() if any(w.merged for w in site.wrappers)]
+    merged = [site for site in injected_sites(model).values() if site.merged]
     if merged:
         raise MiniLoRAError(
             f"{len(merged)} sites are merged, and a merged layer does not train; "
@@ -110,9 +110,13 @@ def added_tensors(injected: dict[str, Site]) -> set[int]:
     }
 
 
-def thawed_parameters(model: nn.Module, injected: dict[str, Site]) -> dict[str, nn.Parameter]:
-    """Return what trains and no injection brought, by name: `save` leaves it out."""
-    added = added_tensors(injected)
+def thawed_parameters(model: nn.Module, added: Collection[int]) -> dict[str, nn.Parameter]:
+    """Return what trains and no injection brought, by name: `save` leaves it out.
+
+    Args:
+        model: injected.
+        added: as `added_tensors` returns it.
+    """
     return {
         name: parameter
         for name, parameter in model.named_parameters()

@@ -1,11 +1,13 @@
 """freeze, trainable_parameters, disabled, summary."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
 from checks import assert_equal_to_rounding, assert_far, frozen, picture, randomise, raw, unchanged
 from models import CASES, MLP, in_dtypes, on_grid
+from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, LoRALinear, MiniLoRAError
@@ -222,3 +224,36 @@ def test_a_trainer_that_never_asks_for_the_parameters_cannot_train_a_merged_mode
     minilora.unmerge(model)
     model(torch.randn(3, 16)).sum().backward()
     optimizer.step()
+
+
+def test_a_tied_weight_is_reached_once():
+    """One matrix of (11, 16) under two names, one of them with LoRA, beside another of (16, 16)."""
+    model = minilora.inject(CASES["tied"].build(), "head")
+    for act in (minilora.merge, minilora.unmerge):
+        found = minilora.summary(model)
+        assert found.reached == 11 * 16 / (11 * 16 + 16 * 16)
+        assert found.left_out == (("body", 1),)
+        act(model)
+
+
+def test_the_work_of_a_summary_is_in_proportion_to_the_sites():
+    """Four times the sites are four times the lines that run, and not sixteen."""
+    work = []
+    for n in (10, 40):
+        model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(n)])
+        minilora.inject(model, "all-linear", LoRAConfig(r=1))
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            lines += event == "line" and frame.f_code.co_filename.endswith("summary.py")
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            minilora.summary(model)
+        finally:
+            sys.settrace(before)
+        work.append(lines)
+    assert work[1] < 5 * work[0]

@@ -89,10 +89,7 @@ def load(
     sites = Sites(model)
     outcome = f"{str(file)!r} was not loaded and the model has not been changed"
     with _reading(file, format, config, sites) as announced:
-        plan, injected = (
-            None,
-            {n: s for n, s in sites.injected().items() if any(w.trains for w in s.wrappers)},
-        )
+        plan, injected = None, {name: site for name, site in sites.injected().items() if site.trains}
         problems = announced.disagreements(sites)
         if injected:
             problems += _differences(announced.manifest, injected)
@@ -214,7 +211,7 @@ def _require_same_base(recorded: Fingerprint, injected: Mapping[str, Site], outc
 
 def _differences(manifest: Manifest, injected: Mapping[str, Site]) -> Iterator[str]:
     """Yield how a file's injections differ from those that a model carries already."""
-    merged = [name for name, site in injected.items() if any(wrapper.merged for wrapper in site.wrappers)]
+    merged = [name for name, site in injected.items() if site.merged]
     if merged:
         yield f"{described(merged)}: merged; call minilora.unmerge(model), then load"
     wanted, present = manifest.placed(), Manifest.of(injected).placed()

@@ -14,7 +14,7 @@ from ..names import described
 from ..plan import Manifest
 from ..problems import Problems
 from ..sites import Site, Sites, require_injected, require_unwrapped
-from ..training import thawed_parameters
+from ..training import added_tensors, thawed_parameters
 from .contents import Contents
 from .fingerprint import Fingerprint
 from .formats import native, peft
@@ -89,7 +89,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
             problems.add(key, "not finite")
     if problems:
         raise CheckpointError(several(problems.lines(), outcome="nothing has been written"))
-    if thawed := thawed_parameters(model, injected):
+    if thawed := thawed_parameters(model, added_tensors(injected)):
         warnings.warn(
             f"{described(thawed)}: trained, but not saved, since no injection brought it. Name its module in "
             "inject(..., trainable=[...]), or freeze it: minilora.freeze(model)",
