@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from .config import WIDEST, AdapterConfig
 from .errors import MergeError, TargetError
 from .linear import linear_shape
 from .module import InjectedModule, bare_module, device_of, dtype_for, generator_for, require_called
-from .torch_internals import own_parameters
+from .torch_internals import BatchNorm, Convolution, own_parameters
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -214,7 +212,7 @@ def _widths(module: nn.Module) -> Widths | None:
         return Widths(shape.in_features, shape.out_features)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return Widths(module.normalized_shape[-1], module.normalized_shape[-1])
-    if isinstance(module, _ConvNd):
+    if isinstance(module, Convolution):
         return Widths(module.in_channels, module.out_channels, len(module.kernel_size))
     if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
         return Widths(
@@ -237,10 +235,10 @@ def _spatial_dims(module: nn.Module) -> int:
             the channels may be the second dimension or the last.
     """
     layers = [layer for layer in module.modules() if own_parameters(layer)]
-    dims = {len(layer.kernel_size) for layer in layers if isinstance(layer, _ConvNd)}
+    dims = {len(layer.kernel_size) for layer in layers if isinstance(layer, Convolution)}
     if not dims:
         return 0
-    if len(dims) == 1 and all(isinstance(layer, (_ConvNd, _NormBase, nn.GroupNorm)) for layer in layers):
+    if len(dims) == 1 and all(isinstance(layer, (Convolution, BatchNorm, nn.GroupNorm)) for layer in layers):
         return dims.pop()
     if dims == {1}:
         return 0  # a convolution between linear layers, as in Conformer: (b, t, d)

@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 
 from .module import InjectedModule
-from .torch_internals import children, own_tensors, put_child
+from .torch_internals import SpectralNorm, children, own_tensors, put_child
 
 
 class FrozenStatistics(InjectedModule):
@@ -68,7 +67,7 @@ class FrozenStatistics(InjectedModule):
 
 def keeps_statistics(module: nn.Module) -> bool:
     """Return whether calling a module in training mode changes its buffers: BatchNorm and its like."""
-    if isinstance(module, _SpectralNorm):  # power iteration
+    if isinstance(module, SpectralNorm):  # power iteration
         return True
     tensors = own_tensors(module)
     return "running_mean" in tensors and "running_var" in tensors

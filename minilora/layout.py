@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import TargetError
 from .linear import linear_shape
+from .torch_internals import Convolution, TransposedConvolution
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def layout_of(module: nn.Module, parameter: str, weight: Tensor) -> Layout:
         )
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return Layout(outputs=shape[1], inputs=shape[0], transposed=True, fan_in=1)  # one row at a time
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, TransposedConvolution):
         return Layout(outputs=math.prod(shape[1:]), inputs=shape[0], transposed=True)
     linear = linear_shape(module)
     if parameter == "weight" and linear and shape == (linear.in_features, linear.out_features) != shape[::-1]:
         return Layout(outputs=shape[1], inputs=shape[0], transposed=True)
-    kernel = isinstance(module, (_ConvNd, nn.Bilinear)) or hasattr(module, "kernel_size")
+    kernel = isinstance(module, (Convolution, nn.Bilinear)) or hasattr(module, "kernel_size")
     if len(shape) == 3 and not kernel:
         first, second = shape[1:]
         if getattr(module, "is_transposed", False) is True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from torch import Tensor, nn
 
@@ -40,13 +40,18 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
 def plain_weight(module: nn.Module) -> nn.Parameter | None:
     """Return the layer's weight where it is an ordinary parameter that can be computed with, else None.
 
-    A packed, quantised or distributed weight is a tensor subclass, not of a dtype for weights, or no tensor
-    at all; a parametrized one is computed anew at each reading. None of them is read to find out.
+    A parametrized one, which is computed anew at each reading, is not read to find out.
     """
     weight = own_parameters(module).get("weight")
-    if type(weight) is nn.Parameter and is_float_dtype(weight.dtype):
-        return weight
-    return None
+    return weight if is_plain(weight) and isinstance(weight, nn.Parameter) else None
+
+
+def is_plain(weight: object) -> TypeGuard[Tensor]:
+    """Return whether a weight is an ordinary tensor of a dtype for weights, so that W + s B A can be formed.
+
+    A packed, quantised or distributed one is a tensor subclass, not of such a dtype, or no tensor at all.
+    """
+    return type(weight) in (Tensor, nn.Parameter) and is_float_dtype(weight.dtype)  # type: ignore[attr-defined]
 
 
 def computes_plainly(module: nn.Module) -> bool:

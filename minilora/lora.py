@@ -23,9 +23,10 @@ from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import effective_weight
 from .layout import Layout, layout_of
-from .mergeable import Mergeable, is_formable, is_merged
+from .linear import is_plain
+from .mergeable import Mergeable, is_merged
 from .module import bare_module, device_of, dtype_for, generator_for
-from .torch_internals import is_compiling, own_tensors, put_parameter
+from .torch_internals import TransposedConvolution, is_compiling, own_tensors, put_parameter
 from .weight import EffectiveWeight
 
 
@@ -70,12 +71,12 @@ class LoRA(Mergeable):
         bare = bare_module(base)
         super().__init__(base, parameter)
         weight = own_tensors(bare)[parameter]
-        if not is_formable(weight):
+        if not is_plain(weight):
             kind = type(weight).__name__
             raise TargetError(
                 f"{parameter!r} of {type(bare).__name__} is a {kind} of {weight.dtype}, no weight"
             )
-        if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, nn.ConvTranspose2d)):
+        if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, TransposedConvolution)):
             raise TargetError(f"dropout has no input to act on inside {type(bare).__name__}; set dropout=0")
         self._set_up(config, layout_of(bare, parameter, weight), site, device)
 
@@ -172,7 +173,7 @@ class LoRA(Mergeable):
             MergeError: when the base's weight is quantised or otherwise not a plain tensor.
         """
         weight = self.unmerged_weight()
-        if not is_formable(weight):
+        if not is_plain(weight):
             raise MergeError(self.weight_problem())
         A, B = self.lora_A, self.lora_B
         return effective_weight(weight, A, B, self.scaling, transposed=self.layout.transposed, dtype=dtype)

@@ -12,18 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 
 from .config import LoRAConfig
 from .errors import TargetError
 from .functional import add_low_rank, effective_linear, prefers_weight_form
 from .layout import Layout
-from .linear import call_problem, computes_plainly, linear_shape
+from .linear import call_problem, computes_plainly, is_plain, linear_shape
 from .lora import LoRA
-from .mergeable import is_formable
 from .module import InjectedModule, bare_module
-from .torch_internals import is_compiling, own_tensors
+from .torch_internals import AttentionOutput, is_compiling, own_tensors
 
 
 class LoRALinear(LoRA):
@@ -69,12 +67,8 @@ class LoRALinear(LoRA):
             self.require_unmerged_to_train()
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
         if len(args) == 1 and not kwargs and self._takes_weight_form(x := args[0]):
-            weight, A, B, transposed = (
-                self.unmerged_weight(),
-                self.lora_A,
-                self.lora_B,
-                self.layout.transposed,
-            )
+            weight, A, B = self.unmerged_weight(), self.lora_A, self.lora_B
+            transposed = self.layout.transposed
             return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = args[0] if args else next(iter(kwargs.values()))
@@ -110,7 +104,7 @@ class LoRALinear(LoRA):
                 `nn.MultiheadAttention` does with its `out_proj`.
         """
         if self.merged or not self.enabled:
-            if isinstance(self.bare, NonDynamicallyQuantizableLinear):
+            if isinstance(self.bare, AttentionOutput):
                 self.require_unmerged_to_train()
             return self.base.weight  # type: ignore[return-value]
         return self.substituted()
@@ -131,7 +125,7 @@ class LoRALinear(LoRA):
         """Return why the base's weight is not one that W_eff can be formed from and take the place of."""
         name, weight = type(self.bare).__name__, own_tensors(self.bare).get("weight")
         computed = is_parametrized(self.bare, "weight") or isinstance(vars(self.bare).get("weight"), Tensor)
-        if computed or is_formable(weight):
+        if computed or is_plain(weight):
             return (
                 f"the weight of {name} is a buffer, or computed from other parameters (a parametrization, "
                 "pruning), so nothing can take its place; run it unmerged, or make it a plain parameter "

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import is_float_dtype
 from .errors import MergeError, MiniLoRAError
-from .module import InjectedModule, bare_module, signable
+from .linear import is_managed, is_plain
+from .module import InjectedModule, signable
 from .torch_internals import own_tensors, put_parameter
 from .view import Substitution
 
@@ -44,11 +44,6 @@ class Mergeable(Substitution):
         self.register_load_state_dict_pre_hook(_refuse_to_load_when_merged)  # type: ignore[no-untyped-call]
         self.register_state_dict_post_hook(_show_original)  # type: ignore[no-untyped-call]
 
-    @property
-    def bare(self) -> nn.Module:
-        """The module that owns the weight, inside all wrappers."""
-        return bare_module(self.base)
-
     def require_unmerged_to_train(self) -> None:
         """Raise where a merged layer would be trained.
 
@@ -63,8 +58,10 @@ class Mergeable(Substitution):
 
     def unmerged_weight(self) -> Tensor:
         """Return W, whether merged or not."""
+        if self._original is not None:
+            return self._original[0]
         weight: Tensor = getattr(self.bare, self.parameter)
-        return self._original[0] if self._original else weight
+        return weight
 
     @property
     def merged(self) -> bool:
@@ -83,7 +80,7 @@ class Mergeable(Substitution):
             return self.weight_problem()
         if not self.merged and is_merged(weights[0]):
             return "it is merged in another model, which shares the layer: unmerge that one first"
-        if weights[0].is_meta and "_hf_hook" in vars(self.bare):
+        if weights[0].is_meta and is_managed(self.bare):
             return (
                 "its weight is offloaded and has no values here: merge or fuse before dispatching the model"
             )
@@ -98,10 +95,11 @@ class Mergeable(Substitution):
 
         W_eff is formed only where a bound on its values says that it may be needed.
         """
-        if weight.is_meta or self.reach().is_meta or not weight.numel():
+        reach = self.reach()
+        if weight.is_meta or reach.is_meta or not weight.numel():
             return None
         low, high = torch.aminmax(weight)
-        bound = torch.maximum(low.double().abs(), high.double().abs()) + self.reach().to(weight.device)
+        bound = torch.maximum(low.double().abs(), high.double().abs()) + reach.to(weight.device)
         if bound.item() < torch.finfo(dtype).max / 2:
             return None
         lost = ~torch.isfinite(self.effective_weight(dtype)) & torch.isfinite(weight)
@@ -115,7 +113,7 @@ class Mergeable(Substitution):
     def replaced_by_merging(self) -> tuple[nn.Parameter, ...]:
         """Return W in the base's layout; nothing where it is no plain parameter."""
         weight = self._original[0] if self._original else own_tensors(self.bare).get(self.parameter)
-        return (weight,) if isinstance(weight, nn.Parameter) and is_formable(weight) else ()
+        return (weight,) if is_plain(weight) and isinstance(weight, nn.Parameter) else ()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -188,11 +186,6 @@ class Mergeable(Substitution):
             # By torch's own rules: the object stays, and its ties, wherever they would stay in a module.
             self._original = (nn.ParameterList(self._original)._apply(fn)[0],)  # type: ignore[no-untyped-call]
         return self
-
-
-def is_formable(weight: object) -> bool:
-    """Return whether W + s B A can be formed from a weight: an ordinary tensor of a dtype for weights."""
-    return type(weight) in (Tensor, nn.Parameter) and is_float_dtype(weight.dtype)  # type: ignore[attr-defined]
 
 
 def is_merged(weight: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import is_float_dtype, plain_dtype
 from .errors import MergeError, MiniLoRAError, quoted, several
+from .mergeable import Mergeable
 from .module import InjectedModule
 from .problems import Problems
 from .sites import Site, replace_modules, require_enabled, require_injected
@@ -138,7 +139,7 @@ def _mergeable(
             if not wrapper.mergeable and skip_adapters:
                 continue
             if problem := wrapper.merge_problem(dtype):
-                obstacles.add(name, problem)
+                obstacles.add(wrapper.placed_at(name), problem)
             wrappers.append(wrapper)
     if obstacles:
         raise MergeError(several(obstacles.lines(), outcome="the model has not been changed"))
@@ -175,10 +176,11 @@ def _warn_of_loosened_ties(
             owners.setdefault(id(parameter), set()).add(module)
     fused = set(wrappers)
     tied = [
-        f"{name}.weight"
+        f"{name}.{wrapper.parameter}"
         for name, site in injected.items()
         for wrapper in site.wrappers
-        if wrapper in fused
+        if isinstance(wrapper, Mergeable)
+        and wrapper in fused
         and any(owners.get(id(p), set()) - {site.bare} for p in wrapper.replaced_by_merging())
     ]
     if tied:

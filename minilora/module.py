@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .config import Config, is_float_dtype
+from .config import Config
 from .errors import MiniLoRAError, TargetError
-from .linear import linear_shape
+from .linear import is_plain, linear_shape
 from .torch_internals import own_parameters, own_tensors, put_parameter
 
 
@@ -203,9 +203,9 @@ class InjectedModule(nn.Module):
 
 def signable(weight: Tensor | None) -> Tensor | str:
     """Return a weight by which a base can be known again, or why it cannot."""
-    if type(weight) not in (Tensor, nn.Parameter) or not is_float_dtype(weight.dtype):  # type: ignore[union-attr]
+    if not is_plain(weight):
         return "quantised, or otherwise no plain weight"
-    return "on the meta device, without values" if weight.is_meta else weight  # type: ignore[union-attr, return-value]
+    return "on the meta device, without values" if weight.is_meta else weight
 
 
 def is_called(module: nn.Module) -> bool:

@@ -1,7 +1,9 @@
 """What is needed of torch beyond its public API, in one place, each with its reason.
 
-Everything else in the package goes through public names. When a new release of torch breaks something,
-this is the file to read; `tests/test_torch_contracts.py` holds what is taken for granted here.
+Everything else in the package goes through public names, but for two methods that have no public hook and
+can only be overridden in their classes: `_apply` (`mergeable`: what is moved and cast) and
+`_replicate_for_data_parallel` (`view`). When a new release of torch breaks something, this is the file to
+read; `tests/test_torch_contracts.py` holds what is taken for granted here.
 """
 
 from __future__ import annotations
@@ -11,7 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+# Families of layers that torch has a class for, but no public name.
+Convolution = _ConvNd
+TransposedConvolution = _ConvTransposeNd
+BatchNorm = _NormBase
+"""`nn.BatchNorm1d` and its like, instance norms included."""
+SpectralNorm = _SpectralNorm
+"""The parametrization that `nn.utils.parametrizations.spectral_norm` registers."""
+AttentionOutput = NonDynamicallyQuantizableLinear
+"""What `nn.MultiheadAttention` has as `out_proj`: it reads the weight and never calls the layer."""
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

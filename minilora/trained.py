@@ -109,7 +109,7 @@ class TrainedParameter(Substitution):
 
     def __init__(self, base: nn.Module, parameter: str) -> None:
         super().__init__(base, parameter)
-        original = own_parameters(bare_module(base))[parameter]
+        original = own_parameters(self.bare)[parameter]
         if original is None or not original.is_floating_point():
             raise TargetError(f"trainable names {parameter!r}, which is no floating-point parameter")
         # Registering would find the copy of a wrapper further in, and take it for its own.
@@ -133,7 +133,7 @@ class TrainedParameter(Substitution):
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the base with the copy as its parameter."""
-        put_parameter(bare_module(self), self.parameter, self.trained)
+        put_parameter(self.bare, self.parameter, self.trained)
         return self.base
 
     def description(self) -> str:

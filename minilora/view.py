@@ -54,6 +54,11 @@ class Substitution(InjectedModule):
         self.parameter = parameter
         self.__dict__["_view"] = _view(self, type(bare))  # no child, though it is a module
 
+    @property
+    def bare(self) -> nn.Module:
+        """The module that owns the parameter, inside all wrappers."""
+        return bare_module(self.base)
+
     def value(self) -> Any:
         """Return what stands in the parameter's place while the base computes."""
         raise NotImplementedError
@@ -68,19 +73,19 @@ class Substitution(InjectedModule):
             return self.base(*args, **kwargs)
         view = self.__dict__["_view"]
         # Hooks belong to a call; without any, the method alone is what torch.compile follows best.
-        return view(*args, **kwargs) if has_hooks(bare_module(self)) else view.forward(*args, **kwargs)
+        return view(*args, **kwargs) if has_hooks(self.bare) else view.forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         state = self.__dict__
         if name == state.get("parameter") and not self.merged and self.enabled:
             return self.substituted()
         if name == "_qkv_same_embed_dim":  # which nn.TransformerEncoderLayer asks its attention for
-            return getattr(bare_module(self), name)
+            return getattr(self.bare, name)
         return super().__getattr__(name)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.__dict__["_view"] = _view(replica, type(bare_module(self)))
+        replica.__dict__["_view"] = _view(replica, type(self.bare))
         return replica
 
 

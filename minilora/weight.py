@@ -94,8 +94,10 @@ class EffectiveWeight:
 
     def parts(self, take: Callable[[Tensor], Tensor]) -> EffectiveWeight:
         """Return the value whose three parts are taken from this one's in the same way."""
-        left, right = take(self.left), take(self.right)
-        return EffectiveWeight(take(self.weight), left, right, self.scaling, self.owner, self.dropout)
+        return self._of(take(self.weight), take(self.left), take(self.right))
+
+    def _of(self, weight: Tensor, left: Tensor, right: Tensor) -> EffectiveWeight:
+        return EffectiveWeight(weight, left, right, self.scaling, self.owner, self.dropout)
 
     @property
     def is_matrix(self) -> bool:
@@ -124,7 +126,7 @@ class EffectiveWeight:
             return self.parts(lambda part: part[index])
         W, L = self.weight[index], self.left[index]
         if isinstance(index, slice):
-            return EffectiveWeight(W, L, self.right, self.scaling, self.owner, self.dropout)
+            return self._of(W, L, self.right)
         return W + (L @ self.right * self.scaling).to(W.dtype)  # rows, and no more than was asked for
 
     def __iter__(self) -> Iterator[EffectiveWeight | Tensor]:
@@ -137,8 +139,7 @@ class EffectiveWeight:
         """Return the value with two dimensions swapped: W^T + s R^T L^T for the last two."""
         if not self.is_matrix or {dim0 % self.ndim, dim1 % self.ndim} != {self.ndim - 2, self.ndim - 1}:
             return self.whole("transpose").transpose(dim0, dim1)
-        W, L, R = (part.transpose(-2, -1) for part in (self.weight, self.right, self.left))
-        return EffectiveWeight(W, L, R, self.scaling, self.owner, self.dropout)
+        return self._of(self.weight.mT, self.right.mT, self.left.mT)
 
     @property
     def mT(self) -> EffectiveWeight | Tensor:

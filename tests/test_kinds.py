@@ -222,6 +222,13 @@ def test_dropout_acts_or_is_refused(kind):
     assert raw(model(x)) == raw(one)
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_dropout_is_refused_at_every_transposed_convolution_when_injecting(dims):
+    model = nn.Sequential(getattr(nn, f"ConvTranspose{dims}d")(2, 3, 2))
+    with pytest.raises(TargetError, match=f"dropout has no input .* ConvTranspose{dims}d"):
+        minilora.inject(model, "0", LoRAConfig(r=1, dropout=0.1))
+
+
 @on_kinds
 def test_threads_do_not_meet(kind):
     model, x = injected(kind).eval(), kind.input()

@@ -326,6 +326,20 @@ def test_fuse_with_a_tied_head_unties_it_says_so_and_leaves_the_embedding(merged
         assert model.head.weight is not weight
 
 
+def test_what_cannot_be_fused_and_what_is_untied_are_named_by_their_parameter():
+    model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    minilora.inject(model, "in_proj_weight", LoRAConfig(r=1))
+    with torch.no_grad():
+        model[0].lora_B.fill_(float("nan"))
+    with pytest.raises(MergeError, match=r"'0\.in_proj_weight': 48 of 48 values"):
+        minilora.merge(model)
+    with torch.no_grad():
+        model[0].lora_B.fill_(0.5)
+    model[1].register_parameter("other", model[0].base.in_proj_weight)
+    with pytest.warns(UserWarning, match=r"'0\.in_proj_weight' was tied"):
+        minilora.fuse(model)
+
+
 def test_fuse_that_does_not_touch_the_tie_keeps_it():
     model = minilora.fuse(randomise(minilora.inject(Tied(), "body")), dtype=torch.bfloat16)
     assert model.head.weight is model.embedding.weight
