@@ -13,7 +13,8 @@ trap 'rm -rf "$work"' EXIT
     --constraint constraints.txt "$work"/dist/*.whl
 
 cd "$work"  # away from the source tree, so that the installed package is what gets imported
-venv/bin/python -W error - dist/*.whl <<'PY'
+# torch warns by itself where there is no numpy, which neither it nor minilora needs.
+venv/bin/python -W error -W "ignore:Failed to initialize NumPy:UserWarning" - dist/*.whl <<'PY'
 import importlib.metadata
 import re
 import sys
@@ -32,7 +33,7 @@ assert any(name.endswith("licenses/LICENSE") for name in files), "the wheel lack
 assert importlib.metadata.version("minilora") == minilora.__version__
 requires = importlib.metadata.requires("minilora") or []
 needed = {re.match(r"[\w-]+", line)[0] for line in requires if "extra ==" not in line}
-assert needed == {"torch", "safetensors"}, f"dependencies are {needed}"
+assert needed == {"torch"}, f"dependencies are {needed}"
 
 
 def fresh():

@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows: nothing is locked there, and no leftover is taken away
     fcntl = None
 
-Chunks = Iterable[bytes | memoryview]
+Chunks = Iterable[bytes | bytearray]
 
 PREFIX, SUFFIX = ".minilora-", ".tmp"  # short: the name beside may have all the 255 bytes that a name can
 

@@ -266,11 +266,11 @@ def write_tensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[st
     write_whole(path, chunks_of(entries, metadata))
 
 
-def chunks_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+def chunks_of(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Iterator[bytes | bytearray]:
     """Yield the bytes of a safetensors file.
 
-    The same entries and metadata always give the same bytes; the safetensors package, whose own writer
-    is not used here, puts metadata in an order that changes from call to call.
+    The same entries and metadata always give the same bytes, which the safetensors package does not
+    promise: it puts metadata in an order that changes from call to call.
 
     Raises:
         CheckpointError: for a dtype that safetensors does not know.
@@ -322,14 +322,12 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES[dtype]
 
 
-def _bytes_of(tensor: Tensor, dtype: torch.dtype) -> bytes | memoryview:
+def _bytes_of(tensor: Tensor, dtype: torch.dtype) -> bytes | bytearray:
     if not tensor.numel():
         return b""
-    # Always a copy: a tensor that numpy has seen can never be resized again, as FSDP does with its own.
-    layout = torch.contiguous_format
-    own = tensor.detach().to("cpu", dtype, copy=True, memory_format=layout)
-    # numpy has no bfloat16, but all dtypes are bytes; a scalar must become a row to be seen so.
-    return own.reshape(-1).view(torch.uint8).numpy().data
+    values = bytearray(tensor.numel() * dtype.itemsize)
+    torch.frombuffer(values, dtype=dtype).view(tensor.shape).copy_(tensor.detach())
+    return values
 
 
 def _is_size(value: object) -> bool:

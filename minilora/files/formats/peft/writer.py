@@ -73,7 +73,7 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
     meaning = PeftLoraConfig.from_dict(config).meaning(configs)
     metadata = native.header(tensors, {MEANING_KEY: meaning}, contents.base)
     entries: dict[str, Entry] = entries_of(tensors)
-    files: dict[str, Iterable[bytes | memoryview]] = {TENSOR_FILE: chunks_of(entries, metadata)}
+    files: dict[str, Iterable[bytes | bytearray]] = {TENSOR_FILE: chunks_of(entries, metadata)}
     if may_be_replaced(path / CARD_FILE):
         files[CARD_FILE] = [model_card(config, contents.manifest).encode()]
     files[CONFIG_FILE] = [json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
