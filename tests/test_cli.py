@@ -57,18 +57,6 @@ def ended(process: subprocess.Popen[bytes]) -> Output:
     return Output(process.returncode, out.decode(), err.decode())
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    minilora.save(trained(), tmp_path / "a.safetensors")
-    return tmp_path / "a.safetensors"
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    CASES["bert"].build().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 # inspect
 
 

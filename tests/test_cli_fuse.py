@@ -43,18 +43,6 @@ def fuse(tmp_path: Path) -> Fuse:
     return fuse
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    minilora.save(trained(), tmp_path / "a.safetensors")
-    return tmp_path / "a.safetensors"
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    CASES["bert"].build().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
 FUSED = {
     "bert": (("query", "value", "output.dense"), ("classifier",)),
     "gpt2": (("c_attn", "c_fc", "attn.c_proj"), ()),

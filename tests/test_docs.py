@@ -6,9 +6,7 @@ A block marked ```python is run, in order, in one namespace per page; ```python 
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import inspect
 import io
 import re
 import runpy
@@ -126,87 +124,6 @@ def test_the_reference_has_every_public_name_and_no_other():
 def test_the_reference_is_what_the_docstrings_say():
     made = runpy.run_path(str(ROOT / "scripts" / "make_reference.py"))["page"]()
     assert REFERENCE.read_text(encoding="utf-8") == made, "run: python scripts/make_reference.py"
-
-
-@pytest.mark.parametrize("name", minilora.__all__)
-def test_the_reference_is_current(name):
-    section = sections()[name]
-    written = ast.parse(next(b.code for b in blocks_of(section) if b.info == "python notest")).body[0]
-    value = getattr(minilora, name)
-    if inspect.isclass(value):
-        assert isinstance(written, ast.ClassDef)
-        assert written.name == name
-        assert [ast.unparse(base) for base in written.bases] == public_bases(value)
-        init = [node for node in written.body if isinstance(node, ast.FunctionDef)]
-        assert bool(init) != issubclass(value, Exception)
-        if init:
-            assert_same_signature(init[0], value)
-        missing = [member for member in public_members(value) if f"`{member}" not in section]
-        assert not missing, f"the section says nothing of {missing}"
-    else:
-        assert isinstance(written, ast.FunctionDef)
-        assert written.name == name
-        assert_same_signature(written, value)
-        returns = re.sub(r"Iterator\[", "AbstractContextManager[", inspect.signature(value).return_annotation)
-        assert ast.unparse(written.returns) == normal(returns)
-
-
-def is_named(kind: type) -> bool:
-    """Whether the reference names a class: minilora's public ones, Python's and torch's."""
-    return kind.__name__ in minilora.__all__ or not kind.__module__.startswith("minilora.")
-
-
-def public_bases(value: type) -> list[str]:
-    """The bases that the reference names; in the place of one that it does not, that one's own."""
-    names: list[str] = []
-    for base in value.__bases__:
-        if not is_named(base):
-            names += public_bases(base)
-        elif base is not object:
-            names.append(f"nn.{base.__name__}" if base.__module__.startswith("torch.") else base.__name__)
-    return names
-
-
-def public_members(value: type) -> list[str]:
-    """What a class offers beyond what the bases do that the reference names."""
-    mro = list(value.__mro__)
-    named = next(i for i, kind in enumerate(mro) if i > 0 and is_named(kind))
-    names, known = (
-        {name for kind in kinds for name in (*vars(kind), *inspect.get_annotations(kind))}
-        for kinds in (mro[:named], mro[named:])
-    )
-    return sorted(name for name in names - known if not name.startswith("_"))
-
-
-def normal(annotation: object) -> str:
-    """An annotation as ast writes it, with the names that the reference uses."""
-    text = re.sub(r"\bConfig\b", "LoRAConfig | AdapterConfig", str(annotation))
-    return ast.unparse(ast.parse(text, mode="eval"))
-
-
-def assert_same_signature(written: ast.FunctionDef, value: Any) -> None:
-    """The parameters' names, order, kinds, annotations and defaults are those of the code."""
-    arguments = written.args
-    positional = [a for a in arguments.args if a.arg != "self"]
-    defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + list(arguments.defaults)
-    defaults = defaults[len(arguments.args) - len(positional) :]
-    documented = {a.arg: (False, a, d) for a, d in zip(positional, defaults, strict=True)}
-    documented |= {
-        a.arg: (True, a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    }
-    actual = inspect.signature(value).parameters
-    kw_only = inspect.Parameter.KEYWORD_ONLY
-    assert [n for n, (kw, *_) in documented.items() if not kw] == [
-        n for n, p in actual.items() if p.kind is not kw_only
-    ]
-    assert sorted(documented) == sorted(actual)
-    for name, (_, argument, default) in documented.items():
-        parameter = actual[name]
-        assert ast.unparse(argument.annotation) == normal(parameter.annotation), name
-        if default is None:
-            assert parameter.default is inspect.Parameter.empty, name
-        else:
-            assert eval(ast.unparse(default), vars(minilora) | {"torch": torch}) == parameter.default, name
 
 
 def test_how_it_works_names_every_file_of_the_core_and_no_other():
