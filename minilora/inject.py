@@ -16,7 +16,6 @@ from .plan import Manifest, build, grouped
 from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
 from .targets import Target, Targets, choices, head_modules, linear_names_within, matching, select
 from .torch_internals import own_parameters
-from .training import freeze
 from .words import explains_foreign_words
 
 
@@ -98,7 +97,6 @@ def inject(
     if trainable is None:
         _warn_of_frozen_head(sites, [site.owner for site in chosen])
     plan.put_in_place()
-    freeze(model)
     return model
 
 

@@ -28,6 +28,7 @@ from .problems import Problems
 from .sites import Site, Sites, replace_modules
 from .torch_internals import has_hooks, own_parameters
 from .trained import TrainableHead, TrainedParameter
+from .training import base_parameters
 
 CONFIGS: dict[str, type[Config]] = {config.kind: config for config in (LoRAConfig, AdapterConfig)}
 """The config of each kind that has one, by the kind's name."""
@@ -76,7 +77,8 @@ def grouped(placed: Iterable[tuple[Config, str]]) -> tuple[tuple[Config, tuple[s
 class Plan:
     """New wrappers around a model's modules, complete, and not yet in the model."""
 
-    model: nn.Module
+    before: Sites
+    """The walk over the model as it is."""
     wrappers: dict[str, list[InjectedModule]] = field(default_factory=dict)
     """The new wrappers at each site, outermost first."""
     replacements: dict[nn.Module, nn.Module] = field(default_factory=dict)
@@ -97,16 +99,35 @@ class Plan:
         return {name: Site(name, bare[name], tuple(wrappers)) for name, wrappers in self.wrappers.items()}
 
     def put_in_place(self) -> None:
-        """Swap the new wrappers in, under all parents of what they stand around.
+        """Freeze the base, and swap the new wrappers in, under all parents of what they stand around.
+
+        Interrupted, it leaves the model as it was.
 
         Warns:
             UserWarning: where a rank exceeds the smaller side of a layer; before anything has changed.
         """
         _warn_of_wide_ranks(self)
-        replace_modules(self.model, self.replacements)
-        for wrappers in self.wrappers.values():
-            for wrapper in wrappers:
+        model, new = self.before.model, [w for wrappers in self.wrappers.values() for w in wrappers]
+        thawed = [parameter for parameter in base_parameters(self.before) if parameter.requires_grad]
+        try:
+            for parameter in thawed:
+                parameter.requires_grad_(False)
+            replace_modules(model, self.replacements)
+            for wrapper in new:
                 wrapper.begin()
+        except BaseException:
+            for wrapper in new:
+                wrapper.ejected()
+            back = {}
+            for inside in self.replacements:
+                outermost = inside
+                while outermost in self.replacements:
+                    outermost = self.replacements[outermost]
+                back[outermost] = inside
+            replace_modules(model, back)
+            for parameter in thawed:
+                parameter.requires_grad_(True)
+            raise
 
 
 def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> tuple[Plan, Problems]:
@@ -117,7 +138,7 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
         sites: of the model, as it is.
         without_values: make new parameters on the meta device, for values that come from a file.
     """
-    plan, problems = Plan(sites.model), Problems()
+    plan, problems = Plan(sites), Problems()
 
     def add(site: Site, make: Callable[[nn.Module], InjectedModule], position: int) -> None:
         try:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from torch import nn
 
 from .errors import MiniLoRAError
-from .sites import Site, injected_sites, require_injected, require_unwrapped
+from .sites import Site, Sites, injected_sites, require_injected, require_unwrapped
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -28,10 +28,8 @@ def freeze(model: nn.Module) -> nn.Module:
         False
     """
     require_unwrapped(model)
-    added = added_tensors(injected_sites(model))
-    for parameter in model.parameters():
-        if id(parameter) not in added:
-            parameter.requires_grad_(False)
+    for parameter in base_parameters(Sites(model)):
+        parameter.requires_grad_(False)
     return model
 
 
@@ -108,6 +106,12 @@ def added_tensors(injected: dict[str, Site]) -> set[int]:
         for wrapper in site.wrappers
         for tensor in wrapper.saved_state().values()
     }
+
+
+def base_parameters(sites: Sites) -> list[nn.Parameter]:
+    """Return the parameters of a model that no injection brought."""
+    added = added_tensors(sites.injected())
+    return [parameter for parameter in sites.model.parameters() if id(parameter) not in added]
 
 
 def thawed_parameters(model: nn.Module, added: Collection[int]) -> dict[str, nn.Parameter]:

@@ -255,16 +255,25 @@ def test_failure_while_building_changes_nothing(monkeypatch):
 
 
 def test_interrupted_at_any_line_a_model_is_injected_or_it_is_not():
-    """And ejected or not: a shared layer stands at three places, of which no two may differ."""
+    """And ejected or not: a shared layer stands at three places, of which no two may differ.
+
+    Frozen or not, likewise, its BatchNorm's statistics included.
+    """
     at, seen = 0, set()
+    lora = [f"{layer}.lora_{matrix}" for layer in ("first", "stack.0") for matrix in "AB"]
     while True:
         model = Shared()
-        bare = list(model.modules())
+        model.norm = nn.BatchNorm1d(4)
+        bare, everything = list(model.modules()), [name for name, _ in model.named_parameters()]
         came = interrupted(lambda model=model: minilora.inject(model, ["first", "stack.0"]), at := at + 1)
         wrapped = isinstance(model.first, minilora.LoRALinear)
         assert isinstance(model.stack[0], minilora.LoRALinear) == wrapped
         assert model.first is model.again is model.stack[1]
         seen.add(wrapped)
+        training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert training == (lora if wrapped else everything)
+        assert isinstance(model.norm, minilora.FrozenStatistics) == wrapped
+        assert (model.norm.base if wrapped else model.norm).training != wrapped
         if not came:
             break
         if wrapped:

@@ -25,7 +25,6 @@ from ..names import described, outermost_of
 from ..plan import Manifest, build
 from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
-from ..training import freeze
 from ..words import explains_foreign_words
 from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
@@ -113,7 +112,6 @@ def load(
         wrapper.load_saved_state(state)
     if plan is not None:
         plan.put_in_place()
-        freeze(model)
     return model
 
 
