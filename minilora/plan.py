@@ -118,13 +118,7 @@ class Plan:
         except BaseException:
             for wrapper in new:
                 wrapper.ejected()
-            back = {}
-            for inside in self.replacements:
-                outermost = inside
-                while outermost in self.replacements:
-                    outermost = self.replacements[outermost]
-                back[outermost] = inside
-            replace_modules(model, back)
+            replace_modules(model, {outer: inside for inside, outer in self.replacements.items()})
             for parameter in thawed:
                 parameter.requires_grad_(True)
             raise
