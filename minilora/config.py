@@ -31,6 +31,8 @@ class Config:
 
     kind: ClassVar[str]
     """What files call a config of this class."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after the first release."""
 
     dtype: torch.dtype | str | None = None
     """dtype of the new parameters, or its name, "bfloat16". None: float32, or float64 on a float64 base."""
@@ -59,8 +61,15 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values. Inverse: `from_dict`."""
+        """Return the fields as plain JSON values. Inverse: `from_dict`.
+
+        Those that came after the first release are left out where they have their default, so that an older
+        version reads what it can honour.
+        """
         fields = dataclasses.asdict(self)
+        for name in self.later:
+            if fields[name] == self.__dataclass_fields__[name].default:
+                del fields[name]
         if self.dtype is not None:
             fields["dtype"] = str(self.dtype).removeprefix("torch.")
         return fields
@@ -93,6 +102,7 @@ class LoRAConfig(Config):
     """
 
     kind: ClassVar[str] = "lora"
+    later: ClassVar[tuple[str, ...]] = ("dora",)
 
     r: int = 8
     """Rank of the update, at least 1. Above the smaller side of a layer it is honoured, with a warning."""
@@ -102,6 +112,9 @@ class LoRAConfig(Config):
     """Probability of dropping an input element on the low-rank path while training; in [0, 1]."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
+    dora: bool = False
+    """Train the norm of each output's weights beside its direction (DoRA, Liu et al. 2024,
+    https://arxiv.org/abs/2402.09353): linear layers, convolutions and embeddings."""
     init: Initialisation = "kaiming"
     """How A is drawn: "kaiming" is U(-1/sqrt(in), 1/sqrt(in)), "gaussian" is N(0, (1/r)^2). B is zero."""
 
@@ -117,8 +130,9 @@ class LoRAConfig(Config):
             yield f"alpha must be a finite number, not {self.alpha!r}"
         if not _is_real(self.dropout) or not 0 <= self.dropout <= 1:
             yield f"dropout must be a number in [0, 1], not {self.dropout!r}"
-        if not isinstance(self.rslora, bool):
-            yield f"rslora must be True or False, not {self.rslora!r}"
+        for field in ("rslora", "dora"):
+            if not isinstance(value := getattr(self, field), bool):
+                yield f"{field} must be True or False, not {value!r}"
         yield from _choice("init", self.init, get_args(Initialisation))
 
 

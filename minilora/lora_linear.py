@@ -66,6 +66,10 @@ class LoRALinear(LoRA):
         if self.merged or not self.enabled:
             self.require_unmerged_to_train()
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
+        return self.rescaled(self._with_low_rank(*args, **kwargs))  # type: ignore[no-any-return]
+
+    def _with_low_rank(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return x (W + s B A)^T + b, in the form that is right and cheaper here."""
         if len(args) == 1 and not kwargs and self._takes_weight_form(x := args[0]):
             weight, A, B = self.unmerged_weight(), self.lora_A, self.lora_B
             transposed = self.layout.transposed
