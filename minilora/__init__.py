@@ -21,7 +21,7 @@ from .merging import fuse, merge, unmerge
 from .module import InjectedModule
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
-from .training import disabled, freeze, trainable_parameters
+from .training import disabled, freeze, parameter_groups, trainable_parameters
 
 __version__ = "0.1.0"
 
@@ -49,6 +49,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "parameter_groups",
     "save",
     "summary",
     "trainable_parameters",
