@@ -15,7 +15,7 @@ import torch
 from .errors import MiniLoRAError, several
 from .words import foreign_words
 
-Initialisation = Literal["kaiming", "gaussian"]
+Initialisation = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 Activation = Literal["gelu", "relu", "silu", "tanh"]
 Placement = Literal["sequential", "parallel"]
 
@@ -116,7 +116,10 @@ class LoRAConfig(Config):
     """Train the norm of each output's weights beside its direction (DoRA, Liu et al. 2024,
     https://arxiv.org/abs/2402.09353): linear layers, convolutions and embeddings."""
     init: Initialisation = "kaiming"
-    """How A is drawn: "kaiming" is U(-1/sqrt(in), 1/sqrt(in)), "gaussian" is N(0, (1/r)^2). B is zero."""
+    """How A and B begin: "kaiming" draws A from U(-1/sqrt(in), 1/sqrt(in)), "gaussian" from N(0, (1/r)^2),
+    and B is zero. "orthogonal" draws both, so that B A is zero, to rounding. "pissa" (Meng et al. 2024,
+    https://arxiv.org/abs/2404.02948) and "olora" (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775) take
+    both from the weight, and the update is the change since then."""
 
     @property
     def scaling(self) -> float:
@@ -134,6 +137,10 @@ class LoRAConfig(Config):
             if not isinstance(value := getattr(self, field), bool):
                 yield f"{field} must be True or False, not {value!r}"
         yield from _choice("init", self.init, get_args(Initialisation))
+        if self.init == "orthogonal" and isinstance(self.r, int) and self.r % 2:
+            yield f"r must be even with init='orthogonal', which gives half to A and half to B, not {self.r}"
+        if self.init == "pissa" and _is_real(self.alpha) and self.alpha <= 0:
+            yield f"alpha must be above 0 with init='pissa', which divides by it, not {self.alpha}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ changes nothing until a step is taken. Here the base runs its own forward with W
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -23,6 +22,7 @@ from . import dora
 from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import effective_weight
+from .initial import FROM_WEIGHT, initial_values
 from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
@@ -59,6 +59,8 @@ class LoRA(Mergeable):
     config: LoRAConfig
     lora_A: nn.Parameter  # (..., r, in)
     lora_B: nn.Parameter  # (..., out, r)
+    lora_A_start: nn.Parameter  # A0 and B0, frozen, where the update is the change since them
+    lora_B_start: nn.Parameter
     lora_magnitude: nn.Parameter  # (out,), where the config says DoRA
 
     def __init__(
@@ -93,9 +95,13 @@ class LoRA(Mergeable):
         self._told: set[str] = set()
         device, dtype = device or device_of(self.bare), dtype_for(self.bare, config.torch_dtype)
         shapes = (*layout.leading, config.r, layout.inputs), (*layout.leading, layout.outputs, config.r)
+        self._begins_at_weight = config.init in FROM_WEIGHT
         for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
             # Registering would find the A and B of a wrapper further in, and take them for its own.
             put_parameter(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            if self._begins_at_weight:
+                start = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+                put_parameter(self, f"{name}_start", start)
         self._outputs_lie_in = dora.dimension_of_outputs(self.bare) if config.dora else None
         if config.dora:
             if self._outputs_lie_in is None or self.parameter != "weight":
@@ -111,21 +117,19 @@ class LoRA(Mergeable):
 
     @torch.no_grad()
     def reset_parameters(self, site: str = "") -> None:
-        """Draw A anew, from torch's seed and the site's name, and set B to zero; the magnitude to W's own."""
-        nn.init.zeros_(self.lora_B)
+        """Begin anew, as `initial` says, from torch's seed and the site's name; the magnitude is W's own."""
         if self.lora_A.is_meta:
             return
-        # float32 on the CPU, so that all devices and dtypes start from one draw.
-        draw = torch.empty(self.lora_A.shape, device="cpu", dtype=torch.float32)
+        weight = own_tensors(self.bare).get(self.parameter)
         generator = generator_for(f"{site}.lora_A")
-        if self.config.init == "kaiming":
-            bound = 1 / math.sqrt(self.layout.fan_in or self.layout.inputs)
-            draw.uniform_(-bound, bound, generator=generator)
-        else:
-            draw.normal_(0.0, 1 / self.config.r, generator=generator)
+        A, B = initial_values(self.config, self.layout, weight if is_plain(weight) else None, generator)
         if isinstance(padding := getattr(self.bare, "padding_idx", None), int):
-            draw[:, padding] = 0.0  # no gradient reaches it, so its look-up stays what it is
-        self.lora_A.copy_(draw)
+            A[:, padding] = 0.0  # no gradient reaches it, so its look-up stays what it is
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        if self._begins_at_weight:
+            self.lora_A_start.copy_(self.lora_A)
+            self.lora_B_start.copy_(self.lora_B)
         if self.config.dora and not self.unmerged_weight().is_meta:
             self.lora_magnitude.copy_(self._norms(self.unmerged_weight()))
 
@@ -148,13 +152,24 @@ class LoRA(Mergeable):
         return dora.rescaled(y, factors, bias, self._outputs_lie_in)
 
     def _norms(self, weight: Tensor) -> Tensor:
-        A, B, transposed = self.lora_A, self.lora_B, self.layout.transposed
-        return dora.norms(weight, A, B, self.scaling, transposed=transposed)
+        A, B = self.factors()
+        return dora.norms(weight, A, B, self.scaling, transposed=self.layout.transposed)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return what the layer computes with as A and B.
+
+        Where the update is the change since A0 and B0, these are [A; A0] and [B, -B0], of rank 2r.
+        """
+        if not self._begins_at_weight:
+            return self.lora_A, self.lora_B
+        A = torch.cat([self.lora_A, self.lora_A_start], dim=-2)
+        return A, torch.cat([self.lora_B, -self.lora_B_start], dim=-1)
 
     def value(self) -> EffectiveWeight:
         """Return W + s B A as a value that need not be formed."""
         transposed = self.layout.transposed
-        left, right = (self.lora_A.mT, self.lora_B.mT) if transposed else (self.lora_B, self.lora_A)
+        A, B = self.factors()
+        left, right = (A.mT, B.mT) if transposed else (B, A)
         dropout = self.config.dropout if self.training else 0.0
         return EffectiveWeight(getattr(self.bare, self.parameter), left, right, self.scaling, self, dropout)
 
@@ -184,14 +199,14 @@ class LoRA(Mergeable):
         return site if self.parameter == "weight" else f"{site}.{self.parameter}"
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Return A, B and the magnitude of DoRA, below the parameter's name unless that is "weight"."""
+        """Return A, B and what goes with them, below the parameter's name unless that is "weight"."""
         below = "" if self.parameter == "weight" else f"{self.parameter}."
-        names = ("lora_A", "lora_B", *(("lora_magnitude",) if self.config.dora else ()))
-        return {below + name: own_tensors(self)[name] for name in names}
+        return {below + name: tensor for name, tensor in own_tensors(self).items()}
 
     def delta_weight(self) -> Tensor:
         """Return s B A, (..., out, in), in A's dtype, whatever the base's layout."""
-        return self.lora_B @ self.lora_A * self.scaling
+        A, B = self.factors()
+        return B @ A * self.scaling
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return W_eff = W + s B A in the base's layout, from the unmerged W; with DoRA, that scaled.
@@ -204,7 +219,7 @@ class LoRA(Mergeable):
         weight = self.unmerged_weight()
         if not is_plain(weight):
             raise MergeError(self.weight_problem())
-        A, B, transposed = self.lora_A, self.lora_B, self.layout.transposed
+        (A, B), transposed = self.factors(), self.layout.transposed
         if not self.config.dora:
             return effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=dtype)
         norms = self._norms(weight)
@@ -217,7 +232,7 @@ class LoRA(Mergeable):
 
         With DoRA, on those of c V - W: no value of c V exceeds the largest magnitude.
         """
-        A, B = self.lora_A.detach().double().abs(), self.lora_B.detach().double().abs()
+        A, B = (factor.detach().double().abs() for factor in self.factors())
         reach = abs(self.scaling) * B.sum(-1).max() * A.max()
         if not self.config.dora:
             return reach

@@ -71,13 +71,12 @@ class LoRALinear(LoRA):
     def _with_low_rank(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return x (W + s B A)^T + b, in the form that is right and cheaper here."""
         if len(args) == 1 and not kwargs and self._takes_weight_form(x := args[0]):
-            weight, A, B = self.unmerged_weight(), self.lora_A, self.lora_B
-            transposed = self.layout.transposed
+            weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
             return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = args[0] if args else next(iter(kwargs.values()))
         x = F.dropout(x, self.config.dropout, self.training)
-        return add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
+        return add_low_rank(y, x, *self.factors(), self.scaling)
 
     def _takes_weight_form(self, x: Tensor) -> bool:
         """Return whether W_eff may stand for the base's own call here, and is the cheaper way."""

@@ -20,10 +20,10 @@ CORE = [
     ["config", "problems"],
     ["linear"],
     ["module"],
-    ["adapter", "frozen", "layout", "sites", "view"],
-    ["mergeable", "targets", "trained", "training", "weight"],
+    ["adapter", "dora", "frozen", "layout", "sites", "view"],
+    ["initial", "mergeable", "targets", "trained", "weight"],
     ["lora"],
-    ["lora_linear"],
+    ["lora_linear", "training"],
     ["plan", "summary"],
     ["inject", "merging"],
 ]
