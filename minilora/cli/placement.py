@@ -220,7 +220,8 @@ def _add_missing(found: Found, sites: list[str], base: BaseFiles, problems: Prob
             problems.add(
                 site,
                 f"the base's files keep each expert by itself, as {apart!r}, which the model puts together "
-                "as it loads: fuse in Python instead, minilora.fuse(model), then model.save_pretrained(folder)",
+                "as it loads: fuse in Python instead, minilora.fuse(model), then "
+                "model.save_pretrained(folder)",
             )
         else:
             problems.add(site, text)
