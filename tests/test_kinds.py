@@ -10,6 +10,7 @@ import torch
 from checks import distance, raw, state, unchanged
 from kinds import KINDS, Kind, materialised
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import minilora
 from minilora import LoRA, LoRAConfig, LoRALinear, MiniLoRAError, TargetError
@@ -243,6 +244,46 @@ def test_threads_do_not_meet(kind):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@on_kinds
+def test_threads_share_one_model(kind):
+    """The view is one for all calls, and holds nothing of any of them."""
+    model, names = injected(kind).eval(), ("layer.lora_A", "layer.lora_B")
+    inputs = [kind.input(), kind.input().flip(0)]
+
+    def gradients(x):
+        parameters = [model.get_parameter(name) for name in names]
+        return [raw(grad) for grad in torch.autograd.grad(model(x).square().sum(), parameters)]
+
+    expected, wrong = [gradients(x) for x in inputs], []
+
+    def run(x, expected):
+        wrong.extend(x for _ in range(10) if gradients(x) != expected)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@on_kinds
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(kind, reentrant):
+    config = {"dropout": 0.3} if kind.dropout else {}
+    x, start = kind.input(), torch.zeros((), requires_grad=True)  # what re-entrant checkpoints begin from
+    gradients = []
+    for checkpointing in (False, True):
+        model = injected(kind, **config).train()
+        torch.manual_seed(3)
+        y = checkpoint(lambda _, m=model: m(x), start, use_reentrant=reentrant) if checkpointing else model(x)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in minilora.trainable_parameters(model)])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.any()
+        assert distance(checkpointed, plain) < 1e-14
 
 
 @on_kinds
