@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from checks import distance, raw, state, unchanged
+from checks import distance, randomise, raw, state, unchanged
 from kinds import KINDS, Kind, materialised
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -362,6 +362,37 @@ def test_the_padding_row_stays_what_it_is_in_training():
         model(ids).square().sum().backward()
         optimizer.step()
     assert torch.equal(model(torch.tensor([1])), model[0].base(torch.tensor([1])))
+
+
+def test_an_embedding_leaves_the_output_layer_that_is_tied_to_it_alone():
+    """The output layer goes on with W, unmerged, merged and fused; who ties the two anew is told to wait."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, tie_word_embeddings=True, **shape)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(6).view(1, 6)
+    plain = copy.deepcopy(model)
+    plain.lm_head.weight = nn.Parameter(plain.lm_head.weight.detach().clone())
+    W = model.lm_head.weight
+    minilora.inject(model, "embed_tokens", LoRAConfig(r=2))
+    embedding = randomise(model).model.embed_tokens
+    plain.model.embed_tokens.weight.data = embedding.effective_weight().detach()
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        assert distance(model(input_ids=ids).logits, expected) < 1e-5
+        for tie in (model.tie_weights, lambda: model.resize_token_embeddings(40)):
+            with unchanged(model), pytest.raises((AttributeError, TypeError), match="embed"):
+                tie()
+        minilora.merge(model)
+        assert (model.lm_head.weight is W, embedding.base.weight is W) == (True, False)
+        assert distance(model(input_ids=ids).logits, expected) < 1e-5
+        minilora.unmerge(model)
+        assert model.lm_head.weight is embedding.base.weight is W
+        with pytest.warns(UserWarning, match="'model.embed_tokens.weight' was tied"):
+            minilora.fuse(model)
+        assert model.lm_head.weight is W
+        model.config.tie_word_embeddings = False  # as the warning says
+        model.resize_token_embeddings(40)
+        assert distance(model(input_ids=ids).logits[..., :32], expected) < 1e-5
 
 
 def test_gradients_by_frequency_are_those_of_the_whole_weight():
