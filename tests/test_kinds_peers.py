@@ -57,7 +57,7 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 1)
 
 
-IMAGE, TOKENS = torch.randn(2, 6, 7, 7), torch.randn(2, 5, 8)
+IMAGE, TOKENS, PAIRS = torch.randn(2, 6, 7, 7), torch.randn(2, 5, 8), torch.randn(3, 4)
 PEFT: dict[str, tuple[Callable[[], nn.Module], str, bool, Tensor, str]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(8, 6)), "0", False, TOKENS, "right"),
     "own forward": (lambda: BY_NAME["scaled"].build(torch.float32), "layer", False, TOKENS, "merged is not"),
@@ -75,9 +75,9 @@ PEFT: dict[str, tuple[Callable[[], nn.Module], str, bool, Tensor, str]] = {
     "embedding": (
         lambda: nn.Sequential(nn.Embedding(9, 8)), "0", False, torch.arange(6).view(2, 3), "right",
     ),
-    "bilinear": (lambda: BY_NAME["bilinear"].build(torch.float32), "layer", False, torch.randn(3, 4), "ValueError"),
+    "bilinear": (lambda: BY_NAME["bilinear"].build(torch.float32), "layer", False, PAIRS, "ValueError"),
     "bilinear as a parameter": (
-        lambda: BY_NAME["bilinear"].build(torch.float32), "layer.weight", True, torch.randn(3, 4), "right",
+        lambda: BY_NAME["bilinear"].build(torch.float32), "layer.weight", True, PAIRS, "right",
     ),
     "attention as a parameter": (
         lambda: Called(nn.MultiheadAttention(8, 2), attention), "layer.in_proj_weight", True, TOKENS, "right",
