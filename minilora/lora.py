@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
@@ -75,7 +76,7 @@ class LoRA(Mergeable):
             raise TargetError(
                 f"{parameter!r} of {type(bare).__name__} is a {kind} of {weight.dtype}, no weight"
             )
-        if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, nn.ConvTranspose2d)):
+        if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, _ConvTransposeNd)):
             raise TargetError(f"dropout has no input to act on inside {type(bare).__name__}; set dropout=0")
         self._set_up(config, layout_of(bare, parameter, weight), site, device)
 
@@ -137,7 +138,8 @@ class LoRA(Mergeable):
         Raises:
             MiniLoRAError: when dropout is on, which would have no effect.
         """
-        where = f"{self.site or type(self.bare).__name__!r}.{self.parameter}"
+        site = self.site or type(self.bare).__name__
+        where = repr(f"{site.removesuffix(f'.{self.parameter}')}.{self.parameter}")
         if self.training and self.config.dropout:
             raise MiniLoRAError(
                 f"{where}: dropout has nothing to act on in {function}, which computes with the whole "
