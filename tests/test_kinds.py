@@ -513,6 +513,11 @@ def test_all_linear_reaches_experts_and_packed_projections_and_spares_routers():
     assert any(name.endswith("experts.gate_up_proj.lora_A") for name in names)
     assert any(name.endswith("experts.down_proj.lora_A") for name in names)
     assert not any("gate.weight" in name or "router" in name or "lm_head" in name for name in names)
+    *_, share, embedding, head, router = str(minilora.summary(model)).splitlines()
+    assert share == "LoRA reaches 87.7 % of the base's matrix weights"
+    assert [embedding, head, router] == [
+        f"    not {name} x1" for name in ("model.embed_tokens", "lm_head", "model.layers.*.mlp.gate")
+    ]
     encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     minilora.inject(encoder, "all-linear", LoRAConfig(r=2))
     assert "self_attn.in_proj_weight.lora_A" in minilora.adapter_state_dict(encoder)
