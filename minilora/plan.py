@@ -266,6 +266,7 @@ def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> li
             problems.add(name, f"to be trained in full, but {problem}")
         elif problem := (
             ("listed twice to be trained in full" if count > 1 else overlaps.get(name))
+            or _adapted(sites[name])
             or _tie(sites[name], sites)
             or _offloaded(sites[name])
         ):
@@ -304,6 +305,16 @@ def _overlaps(manifest: Manifest, sites: Sites) -> dict[str, str]:
         f"({quoted(sorted(others))}); choose one of the two"
         for name, others in found.items()
     }
+
+
+def _adapted(site: Site) -> str | None:
+    """Return that a parameter to be trained in full has LoRA from an earlier call, or None."""
+    for wrapper in site.wrappers:
+        if isinstance(wrapper, LoRA) and wrapper.parameter == site.parameter:
+            return (
+                f"to be trained in full, but carries {wrapper.description()} already; choose one of the two"
+            )
+    return None
 
 
 def _tie(site: Site, sites: Sites) -> str | None:
