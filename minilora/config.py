@@ -60,6 +60,11 @@ class Config:
                 f"not {self.dtype!r}"
             )
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensors of a site, below its own, as files have them."""
+        raise NotImplementedError
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values. Inverse: `from_dict`.
 
@@ -126,6 +131,17 @@ class LoRAConfig(Config):
         """The factor in W + scaling * B A."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    @property
+    def begins_at_weight(self) -> bool:
+        """Whether A and B begin at A0 and B0 taken from W, and the update is the change since."""
+        return self.init in ("pissa", "olora")
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensors of a layer, as files have them."""
+        start = ("lora_A_start", "lora_B_start") if self.begins_at_weight else ()
+        return ("lora_A", "lora_B", *start, *(("lora_magnitude",) if self.dora else ()))
+
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
         yield from _width("r", self.r)
@@ -177,6 +193,11 @@ class AdapterConfig(Config):
     """Factor on what the adapter adds (He et al. 2022 use 4 for the parallel form)."""
     hidden_size: int | None = None
     """Output width of the module. None: read off the module; needed where it does not tell."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensors of an adapter, as files have them."""
+        return tuple(f"adapter_{way}.{name}" for way in ("down", "up") for name in ("weight", "bias"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,8 +14,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .functional import effective_weight
+from . import functional
 from .linear import call_problem, plain_weight
+
+
+def direction(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, transposed: bool = False
+) -> Tensor:
+    """Return V = W + s B A in W's layout, in float32 at least; the arguments are those of `norms`."""
+    exact = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+    return functional.effective_weight(weight, lora_A, lora_B, scaling, transposed=transposed, dtype=exact)
+
+
+def effective_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return W_eff = c V in W's layout, accumulated in at least float32 and rounded once.
+
+    Args:
+        weight: as for `norms`, like the next three and `transposed`.
+        lora_A: (r, in).
+        lora_B: (out, r).
+        scaling: the factor s.
+        magnitude: m, (out,).
+        transposed: whether the weight is stored as (in, out).
+        dtype: of the result; None means the weight's.
+    """
+    c = factors(magnitude, norms(weight, lora_A, lora_B, scaling, transposed=transposed))
+    V = direction(weight, lora_A, lora_B, scaling, transposed=transposed)
+    return (along(c, V, int(transposed)) * V).to(dtype or weight.dtype)
 
 
 @torch.no_grad()
@@ -34,13 +68,9 @@ def norms(
     Returns:
         (out,), in float32 at least, without a gradient.
     """
-    exact = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
-    direction = effective_weight(weight, lora_A, lora_B, scaling, transposed=transposed, dtype=exact)
-    found = direction.norm(dim=0) if transposed else direction.flatten(1).norm(dim=1)
-    detached: Tensor = (
-        found.detach()
-    )  # which forward-mode differentiation heeds, and no_grad does not suffice for
-    return detached
+    V = direction(weight, lora_A, lora_B, scaling, transposed=transposed)
+    found: Tensor = V.norm(dim=0) if transposed else V.flatten(1).norm(dim=1)
+    return found.detach()  # which forward-mode differentiation heeds; for it no_grad does not suffice
 
 
 def factors(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -22,9 +22,6 @@ from .config import LoRAConfig
 from .errors import TargetError
 from .layout import Layout
 
-FROM_WEIGHT = frozenset({"pissa", "olora"})
-"""What begins from W, and is taken as the change since."""
-
 
 def initial_values(
     config: LoRAConfig, layout: Layout, weight: Tensor | None, generator: torch.Generator
@@ -34,14 +31,14 @@ def initial_values(
     Args:
         config: of the layer.
         layout: how its weight is seen as a matrix, or a stack of them.
-        weight: W, as stored; needed where `config.init` is in `FROM_WEIGHT`. None for one that is quantised.
+        weight: W, as stored; needed where `config.begins_at_weight`. None for one that is quantised.
         generator: on the CPU, so that all devices and dtypes start from one draw.
 
     Raises:
         TargetError: when W is needed and has no values, or not as many directions as the rank asks for.
     """
     shape_a, shape_b = (*layout.leading, config.r, layout.inputs), (*layout.leading, layout.outputs, config.r)
-    if config.init in FROM_WEIGHT:
+    if config.begins_at_weight:
         return _from_weight(config, layout, weight)
     if config.init == "orthogonal":
         return _orthogonal(shape_a, shape_b, generator)

@@ -22,7 +22,7 @@ from . import dora
 from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import effective_weight
-from .initial import FROM_WEIGHT, initial_values
+from .initial import initial_values
 from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
@@ -95,11 +95,10 @@ class LoRA(Mergeable):
         self._told: set[str] = set()
         device, dtype = device or device_of(self.bare), dtype_for(self.bare, config.torch_dtype)
         shapes = (*layout.leading, config.r, layout.inputs), (*layout.leading, layout.outputs, config.r)
-        self._begins_at_weight = config.init in FROM_WEIGHT
         for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
             # Registering would find the A and B of a wrapper further in, and take them for its own.
             put_parameter(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-            if self._begins_at_weight:
+            if self.config.begins_at_weight:
                 start = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
                 put_parameter(self, f"{name}_start", start)
         self._outputs_lie_in = dora.dimension_of_outputs(self.bare) if config.dora else None
@@ -127,7 +126,7 @@ class LoRA(Mergeable):
             A[:, padding] = 0.0  # no gradient reaches it, so its look-up stays what it is
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
-        if self._begins_at_weight:
+        if self.config.begins_at_weight:
             self.lora_A_start.copy_(self.lora_A)
             self.lora_B_start.copy_(self.lora_B)
         if self.config.dora and not self.unmerged_weight().is_meta:
@@ -160,7 +159,7 @@ class LoRA(Mergeable):
 
         Where the update is the change since A0 and B0, these are [A; A0] and [B, -B0], of rank 2r.
         """
-        if not self._begins_at_weight:
+        if not self.config.begins_at_weight:
             return self.lora_A, self.lora_B
         A = torch.cat([self.lora_A, self.lora_A_start], dim=-2)
         return A, torch.cat([self.lora_B, -self.lora_B_start], dim=-1)
@@ -221,12 +220,10 @@ class LoRA(Mergeable):
         if not is_plain(weight):
             raise MergeError(self.weight_problem())
         (A, B), transposed = self.factors(), self.layout.transposed
-        if not self.config.dora:
-            return effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=dtype)
-        norms = self._norms(weight)
-        direction = effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=norms.dtype)
-        factors = dora.factors(self.lora_magnitude, norms)
-        return (dora.along(factors, direction, int(transposed)) * direction).to(dtype or weight.dtype)
+        if self.config.dora:
+            m = self.lora_magnitude
+            return dora.effective_weight(weight, A, B, self.scaling, m, transposed=transposed, dtype=dtype)
+        return effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=dtype)
 
     def reach(self) -> Tensor:
         """Return a bound on the values of s B A: the largest sum of a row of |B|, times the largest |A|.
