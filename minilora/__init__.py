@@ -9,6 +9,7 @@ minilora.merge(model)                               # the base model's own speed
 """
 
 from .adapter import Adapter
+from .bank import Bank
 from .config import AdapterConfig, LoRAConfig
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
 from .files.loading import load
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Bank",
     "CheckpointError",
     "FrozenStatistics",
     "InjectedModule",
