@@ -77,6 +77,8 @@ class Blueprint:
         problems += [f"targets: {line}" for line in refusals(later, bare).lines()]
         union = {key: wrapper for each in (later, *held.values()) for key, wrapper in each.items()}
         problems += _overlaps(bare, union)
+        if not union and not problems:
+            problems.append("the bank would have no site: give adapters, targets or trainable")
         if problems:
             raise MiniLoRAError(several(problems, outcome="the model has not been changed"))
         directory = Directory(len(adapters) if slots is None else slots, room, to)

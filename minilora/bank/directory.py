@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MiniLoRAError, quoted
+from ..errors import MiniLoRAError, listed, quoted
 from ..names import nearest
 from .rows import Choice, Rows
 
@@ -133,6 +133,10 @@ class Directory:
                     f"a tensor of rows has a slot for each row, (b,), as integers; this one is {rows.dtype}, "
                     f"of shape {tuple(rows.shape)}: torch.tensor([bank.slot(name), ...])"
                 )
+            if rows.device.type == "cpu":  # elsewhere, reading it would wait for the device
+                held = {0, *self.names.values()}
+                if empty := [str(slot) for slot in dict.fromkeys(rows.tolist()) if slot not in held]:
+                    raise MiniLoRAError(f"slots {listed(empty)} hold no adapter; see bank.slot(name)")
             return Rows.of(rows, device, trained=trained, dropping=dropping)
         names = [rows] if isinstance(rows, str) or rows is None else rows
         if not isinstance(names, Sequence) or not names:

@@ -99,23 +99,22 @@ def refusals(held: Held, bare: Sites) -> Problems:
             problems.add(
                 name, "is one of several experts, which see the tokens that a router picks, not rows"
             )
-        elif isinstance(wrapper, TrainableHead):
-            continue
-        elif not isinstance(wrapper, LoRA) or set(wrapper.saved_state()) != {"lora_A", "lora_B"}:
-            problems.add(
-                name,
-                f"carries {wrapper.description()}, and a bank takes LoRA on linear layers, Conv1D and "
-                "embeddings, and modules trained in full",
-            )
         elif isinstance(layer, NonDynamicallyQuantizableLinear):
             problems.add(name, "is never called: nn.MultiheadAttention computes with its weight itself")
-        elif not isinstance(wrapper, LoRALinear) and not adds_up(layer):
+        elif not isinstance(wrapper, TrainableHead) and not _is_low_rank(wrapper, layer):
             problems.add(
                 name,
-                f"is a {type(layer).__name__}, and a bank takes LoRA on linear layers, Conv1D and "
-                "embeddings that look up and do no more",
+                f"{wrapper.description()} on {type(layer).__name__}: a bank takes LoRA on linear layers, Conv1D "
+                "and embeddings that look up and do no more, and modules trained in full",
             )
     return problems
+
+
+def _is_low_rank(wrapper: InjectedModule, layer: nn.Module) -> bool:
+    """Return whether what a wrapper adds to a layer's output is a product with A and B, and no more."""
+    if not isinstance(wrapper, LoRA) or set(wrapper.saved_state()) != {"lora_A", "lora_B"}:
+        return False
+    return isinstance(wrapper, LoRALinear) or adds_up(layer)
 
 
 def expert_lists(bare: Sites) -> list[str]:

@@ -184,6 +184,10 @@ class LowRankSite(BankSite):
         self.lora_A.settle(slot)
         self.lora_B.settle(slot)
 
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the stacks, and what trains; scaling and dropout follow from the configs."""
+        return {name: t for name, t in super().own_state().items() if name not in ("scaling", "dropout")}
+
     def parameter_count(self) -> int:
         """Return how many parameters the adapters of the bank have here."""
         return sum(tensor.numel() for slot in self.configs for tensor in self.state(slot).values())
