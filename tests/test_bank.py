@@ -117,7 +117,7 @@ def test_rows_times_beams_and_rows_times_tokens_are_recognised(each):
 
 def test_any_other_first_dimension_is_refused_with_both_numbers():
     bank = two()
-    with bank.rows(["a", None, "b"]), pytest.raises(MiniLoRAError, match="given 3 rows.* dimension of 7"):
+    with bank.rows(["a", None, "b"]), pytest.raises(MiniLoRAError, match=r"given 3 rows.* dimension of 7"):
         bank.model(torch.randn(7, 16))
 
 
@@ -226,11 +226,19 @@ class Routed(nn.Module):
 @pytest.mark.parametrize(
     ("model", "targets", "message"),
     [
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)), ["0", "1"], r"'\*' \(x2\): LoRA r=2 alpha=16 on Conv2d"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)),
+            ["0", "1"],
+            r"'\*' \(x2\): LoRA r=2 alpha=16 on Conv2d",
+        ),
         (nn.Sequential(Scaled(4, 4)), ["0"], "'0': LoRA r=2 alpha=16 on Scaled"),
         (nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), ["0"], "'0': LoRA r=2 alpha=16 on Embedding"),
         (nn.MultiheadAttention(4, 2), ["out_proj"], "'out_proj': is never called"),
-        (nn.Sequential(nn.MultiheadAttention(4, 2)), ["in_proj_weight"], "'0.in_proj_weight': LoRA .* on Multihead"),
+        (
+            nn.Sequential(nn.MultiheadAttention(4, 2)),
+            ["in_proj_weight"],
+            "'0.in_proj_weight': LoRA .* on Multihead",
+        ),
         (Routed(), ["experts.0", "experts.1"], "several experts"),
     ],
 )
@@ -242,8 +250,12 @@ def test_other_kinds_are_refused_with_their_names(model, targets, message):
 def test_bottleneck_adapters_and_trained_parameters_are_refused(tmp_path):
     base = MLP()
     one, other = copy.deepcopy(base), copy.deepcopy(base)
-    minilora.save(minilora.inject(one, "up", LoRAConfig(r=1), trainable="down.weight"), tmp_path / "parameter")
-    minilora.save(minilora.inject(other, ["up", "down"], minilora.AdapterConfig(bottleneck=2)), tmp_path / "neck")
+    minilora.save(
+        minilora.inject(one, "up", LoRAConfig(r=1), trainable="down.weight"), tmp_path / "parameter"
+    )
+    minilora.save(
+        minilora.inject(other, ["up", "down"], minilora.AdapterConfig(bottleneck=2)), tmp_path / "neck"
+    )
     with unchanged(base), pytest.raises(MiniLoRAError) as error:
         Bank(base, {"parameter": tmp_path / "parameter", "neck": tmp_path / "neck"})
     assert "'parameter': 'down.weight': trained in full (weight) on Linear" in str(error.value)
@@ -258,7 +270,7 @@ def test_code_that_computes_with_the_weight_past_the_layer_is_stopped():
         base = layer(x)
         with bank.rows("a"):  # the fused path reads weights and calls no layer: it must see that it cannot
             fused, dtype = layer(x), layer.linear1.weight.dtype
-            with pytest.raises(TypeError, match="inside bank.rows"):
+            with pytest.raises(TypeError, match=r"inside bank\.rows"):
                 nn.functional.linear(x, layer.linear1.weight)
         with torch.enable_grad(), bank.rows("a"):
             assert distance(fused, layer(x)) < 1e-5

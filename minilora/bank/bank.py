@@ -173,13 +173,9 @@ class Bank:
             ...     model(torch.zeros(3, 4)).shape
             torch.Size([3, 2])
         """
-        choice = self._directory.choice
-        chosen = self._directory.chosen(rows, device_of(next(iter(self._places.values()))))
-        before, choice.rows = choice.rows, chosen
-        try:
+        device = device_of(next(iter(self._places.values())))
+        with self._directory.choice.to(self._directory.chosen(rows, device)):
             yield
-        finally:
-            choice.rows = before
 
     def slot(self, name: str | None) -> int:
         """Return the number of an adapter's slot, for a tensor of rows; 0, of None, is the base.

@@ -38,7 +38,7 @@ class Directory:
         """The slots whose adapters have dropout."""
         self.standing = True
         """Whether the wrappers stand in a model; False once they were ejected."""
-        self.choice = Choice()
+        self.choice = Choice([])
 
     def slot(self, name: object) -> int:
         """Return the slot of an adapter.
@@ -161,4 +161,4 @@ class Directory:
         return {key: value for key, value in vars(self).items() if key != "choice"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, choice=Choice())
+        self.__dict__.update(state, choice=Choice([]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..torch_internals import has_hooks, is_compiling
+from ..torch_internals import has_hooks
 from .gathered import add_by_row, dropped
 from .rows import Rows
 from .site import LowRankSite
@@ -38,12 +38,12 @@ class BankEmbedding(LowRankSite):
         padding = getattr(self.base, "padding_idx", None)
         if isinstance(padding, int):  # no gradient reaches what stands for nothing
             low = torch.where((flat == padding)[..., None], low.detach(), low)
-        if rows.drops and self.training:  # a token is a one-hot vector: dropout drops it whole
+        if self.training and rows.drops:  # a token is a one-hot vector: dropout drops it whole
             low = low * dropped(low.new_ones(*low.shape[:2], 1), self.dropout[slots])
         B = self.lora_B.by_row(rows, ids.device)
         identity = torch.eye(low.shape[-1], dtype=low.dtype, device=low.device).expand(B.shape[0], -1, -1)
-        base = slots == 0 if rows.may_be_base or is_compiling() else None
-        return add_by_row(y, low.view(*ids.shape, -1), identity, B, self.scaling[slots], base)
+        scaling, base = self.scaling[slots], rows.of_base(slots)
+        return add_by_row(y, low.view(*ids.shape, -1), identity, B, scaling, base)
 
 
 def adds_up(embedding: nn.Module) -> bool:

@@ -104,8 +104,8 @@ def refusals(held: Held, bare: Sites) -> Problems:
         elif not isinstance(wrapper, TrainableHead) and not _is_low_rank(wrapper, layer):
             problems.add(
                 name,
-                f"{wrapper.description()} on {type(layer).__name__}: a bank takes LoRA on linear layers, Conv1D "
-                "and embeddings that look up and do no more, and modules trained in full",
+                f"{wrapper.description()} on {type(layer).__name__}: a bank takes LoRA on linear layers, "
+                "Conv1D and embeddings that look up and do no more, and modules trained in full",
             )
     return problems
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..torch_internals import is_compiling
 from .gathered import add_by_row, dropped
 from .rows import Rows
 from .site import LowRankSite
@@ -35,9 +34,7 @@ class BankLinear(LowRankSite):
     def _added(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
         rows.per_row(x.shape[0])
         slots = rows.slots.to(x.device)
-        if rows.drops and self.training:
+        if self.training and rows.drops:
             x = dropped(x, self.dropout[slots])
         A, B = self.lora_A.by_row(rows, x.device), self.lora_B.by_row(rows, x.device)
-        # One graph for any rows: a choice between two, by what the rows are, would be two.
-        base = slots == 0 if rows.may_be_base or is_compiling() else None
-        return add_by_row(y, x, A, B, self.scaling[slots], base)
+        return add_by_row(y, x, A, B, self.scaling[slots], rows.of_base(slots))

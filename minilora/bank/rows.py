@@ -6,14 +6,16 @@ what belongs to one row stands together there, so that the first dimension is a 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import MiniLoRAError
+from ..torch_internals import in_backward, is_compiling
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +89,56 @@ class Rows:
             )
         return size // b
 
+    def of_base(self, slots: Tensor) -> Tensor | None:
+        """Return which of some slots are the base's, (b,), bool; None where none is.
+
+        While compiling there is one answer, and so one graph, for any rows.
+        """
+        return slots == 0 if is_compiling() or self.may_be_base else None
+
     def host(self) -> tuple[int, ...]:
         """Return the slots as numbers, which waits for the device where they came as a tensor."""
         return tuple(self.slots.tolist()) if self.listed is None else self.listed
 
 
 class Choice(threading.local):
-    """What a thread has chosen: two threads with two batches do not meet."""
+    """What a thread has chosen: two threads with two batches do not meet.
 
-    def __init__(self) -> None:
+    Args:
+        open: the rows of all `bank.rows` blocks that threads are in, for those in which torch computes
+            gradients, and with them, of a checkpoint, a forward again.
+    """
+
+    def __init__(self, open: list[Rows]) -> None:
+        self.open = open
         # Set here and not on the class: torch.compile sees no change of what an instance does not have yet.
         self.rows: Rows | None = None
+
+    def current(self) -> Rows | None:
+        """Return the rows that a forward pass in this thread is about; None for the base.
+
+        Raises:
+            MiniLoRAError: when a checkpoint computes a forward again in a thread of torch's own, and several
+                batches are under way, so that it cannot be told which it belongs to.
+        """
+        if self.rows is not None or not in_backward() or not self.open:
+            return self.rows
+        if len(self.open) > 1:
+            raise MiniLoRAError(
+                f"a checkpoint is computed again while {len(self.open)} blocks of bank.rows are open, and "
+                "cannot tell whose it is: train in one thread at a time"
+            )
+        return self.open[0]
+
+    @contextlib.contextmanager
+    def to(self, rows: Rows | None) -> Iterator[None]:
+        """Within the block, this thread has chosen these rows."""
+        before, self.rows = self.rows, rows
+        if rows is not None:
+            self.open.append(rows)
+        try:
+            yield
+        finally:
+            self.rows = before
+            if rows is not None:
+                self.open.remove(rows)

@@ -47,7 +47,7 @@ class BankSite(InjectedModule):
 
     def chosen(self) -> Rows | None:
         """Return the rows that this thread has chosen; None for the base."""
-        return self.directory.choice.rows if self.enabled else None
+        return self.directory.choice.current() if self.enabled else None
 
     def put(self, slot: int, wrapper: InjectedModule | None) -> None:
         """Give a slot what a wrapper holds; None empties it. Inverse: `state`."""
