@@ -9,7 +9,7 @@ minilora.merge(model)                               # the base model's own speed
 """
 
 from .adapter import Adapter
-from .bank import Bank
+from .bank import Bank, Combination, combine
 from .config import AdapterConfig, LoRAConfig
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
 from .files.loading import load
@@ -31,6 +31,7 @@ __all__ = [
     "AdapterConfig",
     "Bank",
     "CheckpointError",
+    "Combination",
     "FrozenStatistics",
     "InjectedModule",
     "LoRA",
@@ -44,6 +45,7 @@ __all__ = [
     "TrainableHead",
     "TrainedParameter",
     "adapter_state_dict",
+    "combine",
     "disabled",
     "eject",
     "freeze",

@@ -6,9 +6,6 @@
     row 1   None       ──>  the base ─┼──  one batch, one pass over the base's weights
     row 2   "formal"   ──>  slot 2  ──┘
 
-    with bank.rows(["legal", None, "formal"]):
-        logits = model(**batch).logits
-
 Adapters come and go in place: no module is replaced, so nothing is compiled again.
 """
 
@@ -42,8 +39,8 @@ Path = str | os.PathLike[str]
 class Bank:
     """Many adapters on one model, which computes each row of a batch with the adapter of that row.
 
-    At each site A is (slots, r, in) and B (slots, out, r); smaller ranks, and sites that an adapter does not
-    have, are zeros. Outside `rows` the model is the base. `minilora.eject(model)` takes the bank out again.
+    At each site A is (slots + 1, r, in) and B (slots + 1, out, r); smaller ranks, and sites that an adapter
+    does not have, are zeros. Outside `rows` the model is the base. `minilora.eject` takes the bank out.
 
     Args:
         model: any bare module, rows first; changed in place. Not inside DDP, FSDP or `torch.compile`.
@@ -57,8 +54,8 @@ class Bank:
         check_base: refuse a base other than the one that a file was trained on, where the file tells.
 
     Raises:
-        MiniLoRAError: listing everything that is wrong with the files, with them on this model, or with the
-            arguments; the model is as it was.
+        MiniLoRAError: listing everything that is wrong with the arguments, the files, and the files on this
+            model, which is as it was.
         OSError: when there is no such file, or it cannot be read.
 
     Example:
@@ -131,9 +128,8 @@ class Bank:
             MiniLoRAError: when there is none in it.
 
         Example:
-            >>> model = nn.Sequential(nn.Linear(4, 2))
-            >>> bank = minilora.Bank(model, targets=["0"], slots=3, r=2)
-            >>> minilora.Bank.of(model)
+            >>> bank = minilora.Bank(nn.Sequential(nn.Linear(4, 2)), targets=["0"], slots=3, r=2)
+            >>> minilora.Bank.of(bank.model)
             Bank(0 of 3 slots, r<=2: )
         """
         places: dict[Key, BankSite] = {
@@ -148,8 +144,6 @@ class Bank:
         bank.model, bank._places = model, places
         bank._directory = next(iter(places.values())).directory
         return bank
-
-    # Serving.
 
     @contextlib.contextmanager
     def rows(self, rows: str | Sequence[str | None] | Tensor | None) -> Iterator[None]:
@@ -166,11 +160,10 @@ class Bank:
             MiniLoRAError: for a name that the bank does not hold, and what is no rows at all.
 
         Example:
-            >>> model = nn.Sequential(nn.Linear(4, 2))
-            >>> bank = minilora.Bank(model, targets=["0"], slots=3, r=2)
+            >>> bank = minilora.Bank(nn.Sequential(nn.Linear(4, 2)), targets=["0"], slots=3, r=8)
             >>> bank.add("legal")
             >>> with bank.rows(["legal", None, "legal"]):
-            ...     model(torch.zeros(3, 4)).shape
+            ...     bank.model(torch.zeros(3, 4)).shape
             torch.Size([3, 2])
         """
         device = device_of(next(iter(self._places.values())))
@@ -184,14 +177,12 @@ class Bank:
             MiniLoRAError: when the bank has no adapter of that name.
 
         Example:
-            >>> bank = minilora.Bank(nn.Sequential(nn.Linear(4, 2)), targets=["0"], slots=3, r=2)
+            >>> bank = minilora.Bank(nn.Sequential(nn.Linear(4, 2)), targets=["0"], slots=3, r=8)
             >>> bank.add("legal")
             >>> bank.slot("legal"), bank.slot(None)
             (1, 0)
         """
         return 0 if name is None else self._directory.slot(name)
-
-    # What comes and goes. In place: no module, and no tensor of a stack, is replaced.
 
     def load(
         self,
@@ -206,14 +197,14 @@ class Bank:
 
         Args:
             name: of the adapter here.
-            path: as `minilora.load` takes it, and so are `format`, `config` and `check_base`.
+            path: as `minilora.load` takes it, and so with `format`, `config` and `check_base`.
             format: of the file.
-            config: for "loralib" alone.
+            config: of the file, for "loralib" alone.
             check_base: refuse another base than the file's.
 
         Raises:
-            MiniLoRAError: when the bank is full, holds the name already, or has no room for what is in the
-                file, or the file is not sound or does not fit the model; the bank is as it was.
+            MiniLoRAError: when the bank is full, holds the name already, or has no room for the adapter, or
+                the file is not sound or does not fit the model; the bank is as it was.
             OSError: when there is no such file, or it cannot be read.
         """
         self._directory.require_new(name)
@@ -242,9 +233,7 @@ class Bank:
         fill(self._directory, self._places, name, slot, held)
 
     def add(self, name: str, config: LoRAConfig = LoRAConfig()) -> None:  # noqa: B008  frozen
-        """Put a new adapter into a free slot, at every site of the bank, as `inject` would begin it.
-
-        Modules trained in full begin as the base's. Train it: `parameters`. Inverse: `remove`.
+        """Put a new adapter into a free slot, at every site, as `inject` would begin it. Inverse: `remove`.
 
         Raises:
             MiniLoRAError: when the bank is full, holds the name already, or has no room for the rank.
@@ -260,8 +249,9 @@ class Bank:
         slot = self._directory.free()
         if not isinstance(config, LoRAConfig):
             raise MiniLoRAError(f"config must be a LoRAConfig, not {config!r:.100}")
-        placed = [(config, key[0]) for key, place in self._places.items() if isinstance(place, LowRankSite)]
-        heads = [key[0] for key, place in self._places.items() if not isinstance(place, LowRankSite)]
+        low_rank = {key[0]: isinstance(place, LowRankSite) for key, place in self._places.items()}
+        placed = [(config, site) for site, is_low_rank in low_rank.items() if is_low_rank]
+        heads = [site for site, is_low_rank in low_rank.items() if not is_low_rank]
         held = from_configs(Sites(self.model).bare(), placed, heads)
         self._require_room(held)
         fill(self._directory, self._places, name, slot, held)
@@ -278,17 +268,14 @@ class Bank:
         for place in self._places.values():
             place.put(slot, None)
 
-    # Training, and files.
-
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return the parameters of an adapter, for an optimizer of its own; they train from now on.
 
-        In a batch of many adapters each gets the gradient of its own rows. One that is absent gets none, so
-        that a step of its optimizer leaves it, and its moments, as they are. Inverse: `freeze`.
+        Each gets the gradient of its own rows. One that is absent from a batch gets none, so that a step of
+        its optimizer leaves it, and its moments, as they are. Inverse: `freeze`.
 
         Raises:
-            MiniLoRAError: when the bank has no adapter of that name, inside `rows`, and on a model that is
-                sharded.
+            MiniLoRAError: for a name that the bank has not, inside `rows`, and on a sharded model.
 
         Example:
             >>> bank = minilora.Bank(nn.Sequential(nn.Linear(4, 2)), targets=["0"], slots=3, r=2)
@@ -306,9 +293,7 @@ class Bank:
         return parameters
 
     def freeze(self, name: str) -> None:
-        """Let an adapter train no more; its values stay what they are. Inverse: `parameters`.
-
-        It is served as fast as those that were loaded; one that trains takes another way.
+        """Let an adapter train no more, and serve it as those that were loaded. Inverse: `parameters`.
 
         Raises:
             MiniLoRAError: when the bank has no adapter of that name, and inside `rows`.
@@ -337,8 +322,7 @@ class Bank:
         """Return what a file of an adapter would hold.
 
         Raises:
-            CheckpointError: when a tensor is not finite.
-            MiniLoRAError: when the bank has no adapter of that name.
+            MiniLoRAError: when the bank has no adapter of that name, or a tensor is not finite.
         """
         slot = self._directory.slot(name)
         self._require_usable()
