@@ -59,10 +59,10 @@ class Server(abc.ABC):
 
 
 class Base(Server):
-    """The bare model."""
+    """The bare model, frozen as the others are: for weights that are not, torch may choose other products."""
 
     def __init__(self, setup: Setup, folder: Path, names: Sequence[str]) -> None:
-        self.model = setup.build().eval()
+        self.model = setup.build().eval().requires_grad_(False)
 
 
 class Merged(Server):

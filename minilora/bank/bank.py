@@ -39,7 +39,7 @@ Path = str | os.PathLike[str]
 class Bank:
     """Many adapters on one model, which computes each row of a batch with the adapter of that row.
 
-    At each site A is (slots + 1, r, in) and B (slots + 1, out, r); smaller ranks, and sites that an adapter
+    At each site A is (slots + 1, r, in) and B^T (slots + 1, r, out); smaller ranks, and sites that an adapter
     does not have, are zeros. Outside `rows` the model is the base. `minilora.eject` takes the bank out.
 
     Args:

@@ -40,10 +40,10 @@ class BankEmbedding(LowRankSite):
             low = torch.where((flat == padding)[..., None], low.detach(), low)
         if self.training and rows.drops:  # a token is a one-hot vector: dropout drops it whole
             low = low * dropped(low.new_ones(*low.shape[:2], 1), self.dropout[slots])
-        B = self.lora_B.by_row(rows, ids.device)
-        identity = torch.eye(low.shape[-1], dtype=low.dtype, device=low.device).expand(B.shape[0], -1, -1)
+        Bt = self.lora_B.by_row(rows, ids.device)
+        identity = torch.eye(low.shape[-1], dtype=low.dtype, device=low.device).expand(Bt.shape[0], -1, -1)
         scaling, base = self.scaling[slots], rows.of_base(slots)
-        return add_by_row(y, low.view(*ids.shape, -1), identity, B, scaling, base)
+        return add_by_row(y, low.view(*ids.shape, -1), identity, Bt, scaling, base)
 
 
 def adds_up(embedding: nn.Module) -> bool:

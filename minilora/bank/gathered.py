@@ -18,7 +18,7 @@ from ..functional import compute_dtype
 
 
 def add_by_row(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: Tensor, base: Tensor | None = None
+    y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, scaling: Tensor, base: Tensor | None = None
 ) -> Tensor:
     """Return y + s (x A^T) B^T, with the A, B and s of each row.
 
@@ -27,7 +27,7 @@ def add_by_row(
         x: (b · k, ..., in); what the base was given, after dropout if there is any. What belongs to one row
             stands together.
         A: (b, r, in).
-        B: (b, out, r).
+        Bt: (b, r, out), B transposed.
         scaling: (b,).
         base: (b,), bool: the rows that get y itself; None where there are none.
 
@@ -36,14 +36,14 @@ def add_by_row(
     """
     dtype = compute_dtype(x)
     b = A.shape[0]
-    n = y.numel() // (b * B.shape[1])  # entries of a row
+    n = y.numel() // (b * Bt.shape[2])  # entries of a row
     factors = scaling.to(dtype)[:, None, None]
     h = torch.bmm(x.reshape(b, n, -1), A.to(dtype).mT) * factors  # (b, n, r)
     rows = y.reshape(b, n, -1)
     if y.dtype == dtype:
-        result = torch.baddbmm(rows, h, B.to(dtype).mT)
+        result = torch.baddbmm(rows, h, Bt.to(dtype))
     else:
-        result = rows + torch.bmm(h, B.to(dtype).mT).to(y.dtype)
+        result = rows + torch.bmm(h, Bt.to(dtype)).to(y.dtype)
     if base is not None:
         result = torch.where(
             base[:, None, None], rows, result

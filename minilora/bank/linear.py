@@ -10,6 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import LoRAConfig
+from ..functional import effective_linear
+from ..lora_linear import fits_weight_form
+from ..torch_internals import own_tensors
 from .gathered import add_by_row, dropped
 from .rows import Rows
 from .site import LowRankSite
@@ -24,17 +28,34 @@ class BankLinear(LowRankSite):
         Raises:
             MiniLoRAError: when the first dimension is no multiple of the rows that were chosen.
         """
-        y: Tensor = self.base(*args, **kwargs)
         rows = self.chosen()
-        if rows is None or not y.numel():
-            return y
+        if rows is None:
+            return self.base(*args, **kwargs)  # type: ignore[no-any-return]
         x = args[0] if args else next(iter(kwargs.values()))
-        return self._added(y, x, rows)
+        if (slot := rows.only()) is not None and len(args) == 1 and not kwargs and self._takes_weight_form(x):
+            return self._in_weight_form(x, rows, slot)
+        y: Tensor = self.base(*args, **kwargs)
+        return self._added(y, x, rows) if y.numel() else y
 
     def _added(self, y: Tensor, x: Tensor, rows: Rows) -> Tensor:
         rows.per_row(x.shape[0])
         slots = rows.slots.to(x.device)
         if self.training and rows.drops:
             x = dropped(x, self.dropout[slots])
-        A, B = self.lora_A.by_row(rows, x.device), self.lora_B.by_row(rows, x.device)
-        return add_by_row(y, x, A, B, self.scaling[slots], rows.of_base(slots))
+        A, Bt = self.lora_A.by_row(rows, x.device), self.lora_B.by_row(rows, x.device)
+        return add_by_row(y, x, A, Bt, self.scaling[slots], rows.of_base(slots))
+
+    def _takes_weight_form(self, x: Tensor) -> bool:
+        """Return whether W_eff of one adapter may stand for the base's own call, and is the cheaper way."""
+        return fits_weight_form(self.base, x, self.layout.outputs, self.layout.inputs)
+
+    def _in_weight_form(self, x: Tensor, rows: Rows, slot: int) -> Tensor:
+        """Compute as a layer with this adapter alone would."""
+        if slot not in self.configs:
+            return self.base(x)  # type: ignore[no-any-return]
+        A, Bt = self.lora_A.by_row(rows, x.device)[0], self.lora_B.by_row(rows, x.device)[0]
+        tensors, config = own_tensors(self.base), self.configs[slot]
+        assert isinstance(config, LoRAConfig)
+        s, transposed = config.scaling, self.layout.transposed
+        bias = tensors.get("bias")
+        return effective_linear(x, tensors["weight"], bias, A, Bt.mT, s, transposed=transposed)

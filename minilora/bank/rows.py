@@ -89,6 +89,12 @@ class Rows:
             )
         return size // b
 
+    def only(self) -> int | None:
+        """Return the one slot of all rows, if it is known and drops nothing; None while compiling."""
+        if is_compiling() or self.drops or self.listed is None or len(self.listed) > 1:
+            return None
+        return self.listed[0]
+
     def of_base(self, slots: Tensor) -> Tensor | None:
         """Return which of some slots are the base's, (b,), bool; None where none is.
 

@@ -3,7 +3,7 @@
     model.encoder.query: BankLinear
         .base       the layer that was there
         .lora_A     Stack (slots + 1, r, in)
-        .lora_B     Stack (slots + 1, out, r)
+        .lora_B     Stack (slots + 1, r, out): B^T
 
 An adapter comes to a wrapper, and leaves it, as the wrapper that it would have on a model of its own: a
 `LoRA`, a `TrainableHead`. So what a file means is said once, in `plan` and `files`.
@@ -133,7 +133,7 @@ class LowRankSite(BankSite):
         self.layout = layout
         slots, r = directory.slots, directory.r
         self.lora_A = Stack(slots, (r, layout.inputs), device=device, dtype=dtype)
-        self.lora_B = Stack(slots, (layout.outputs, r), device=device, dtype=dtype)
+        self.lora_B = Stack(slots, (layout.outputs, r), device=device, dtype=dtype, transposed=True)
         for name in ("scaling", "dropout"):
             self.register_buffer(name, self._settings(name), persistent=False)
 

@@ -27,15 +27,24 @@ class Stack(nn.Module):
         shape: of a slot's tensor.
         device: of the values.
         dtype: of the values.
+        transposed: store matrices with their last dimension first, where products are quicker so.
     """
 
     values: Tensor  # (slots + 1, ...)
 
     def __init__(
-        self, slots: int, shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype
+        self,
+        slots: int,
+        shape: tuple[int, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        transposed: bool = False,
     ) -> None:
         super().__init__()
-        self.register_buffer("values", torch.zeros(slots + 1, *shape, device=device, dtype=dtype))
+        self.transposed = transposed
+        stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+        self.register_buffer("values", torch.zeros(slots + 1, *stored, device=device, dtype=dtype))
         self.trained = nn.ParameterDict()
 
     def source(self, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -50,14 +59,14 @@ class Stack(nn.Module):
         return self.values, rows.slots.to(device)
 
     def by_row(self, rows: Rows, device: torch.device) -> Tensor:
-        """Return the tensor of each row, (b, ...)."""
+        """Return the tensor of each row, (b, ...), as it is stored."""
         values, index = self.source(rows, device)
-        return values[index]
+        return values.index_select(0, index)  # several times as fast as values[index]
 
     @torch.no_grad()
     def put(self, slot: int, value: Tensor | None) -> None:
         """Set a slot, which no longer trains, to a value of its shape or smaller; None empties it."""
-        target = self.values[slot]
+        target = self._of(slot)
         if str(slot) in self.trained:
             del self.trained[str(slot)]
         if value is None:
@@ -70,7 +79,7 @@ class Stack(nn.Module):
 
     def remember(self, slot: int) -> Callable[[], None]:
         """Return what puts a slot back as it is now."""
-        value, parameter = self.values[slot].clone(), self.trained.get(str(slot), None)
+        value, parameter = self._of(slot).clone(), self.trained.get(str(slot), None)
 
         def undo() -> None:
             self.put(slot, value)
@@ -82,12 +91,12 @@ class Stack(nn.Module):
     def take(self, slot: int, shape: torch.Size) -> Tensor:
         """Return what a slot holds: its parameter, or the corner of its tensor that has values."""
         key = str(slot)
-        return self.trained[key] if key in self.trained else _corner(self.values[slot], shape)
+        return self.trained[key] if key in self.trained else _corner(self._of(slot), shape)
 
     def train_slot(self, slot: int, shape: torch.Size) -> nn.Parameter:
         """Return what a slot holds as a parameter, which trains from now on. Inverse: `settle`."""
         if str(slot) not in self.trained:
-            value = _corner(self.values[slot], shape).detach().clone(memory_format=torch.contiguous_format)
+            value = _corner(self._of(slot), shape).detach().clone(memory_format=torch.contiguous_format)
             self.trained[str(slot)] = nn.Parameter(value)
         parameter: nn.Parameter = self.trained[str(slot)]
         return parameter
@@ -97,10 +106,15 @@ class Stack(nn.Module):
         if str(slot) in self.trained:
             self.put(slot, self.trained[str(slot)].detach())
 
+    def _of(self, slot: int) -> Tensor:
+        """Return a slot's tensor, a view, in the shape that it has outside."""
+        return self.values[slot].mT if self.transposed else self.values[slot]
+
     def _filled_up(self, slot: int) -> Tensor:
         if str(slot) not in self.trained:
             return self.values[slot]
         value: Tensor = self.trained[str(slot)]
+        value = value.mT if self.transposed else value
         full = self.values.shape[1:]
         missing = [whole - own for own, whole in zip(value.shape, full, strict=True)]
         if not any(missing):
