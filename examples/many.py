@@ -1,7 +1,8 @@
 """Fine-tune three LoRA adapters side by side on one encoder, then serve a batch that mixes them.
 
-The recipe is that of `sst2.py`, thrice: of rank 8, 4 and 2 (--rank is the largest), each with a classifier and an optimizer of its
-own. Every step is one pass over the encoder: the sentences of a batch stand in it once for each adapter.
+The recipe is that of `sst2.py`, thrice: of rank 8, 4 and 2 (--rank is the largest), each with a
+classifier and an optimizer of its own. Every step is one pass over the encoder: the sentences of a batch
+stand in it once for each adapter.
 
     python examples/many.py                                 # bert-base-uncased on GLUE SST-2
     python examples/many.py --model minilm --limit 2000     # a smaller encoder, a shorter run
