@@ -16,6 +16,7 @@ ROOMS = {
     "Training": ["freeze", "trainable_parameters", "disabled", "summary", "Summary", "SummaryRow"],
     "Merging": ["merge", "unmerge", "fuse"],
     "Files": ["save", "load", "adapter_state_dict"],
+    "Many adapters": ["Bank", "combine", "Combination"],
     "What stands in a model": [
         *("InjectedModule", "LoRA", "LoRALinear", "Adapter"),
         *("TrainableHead", "TrainedParameter", "FrozenStatistics"),
