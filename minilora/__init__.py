@@ -9,6 +9,7 @@ minilora.merge(model)                               # the base model's own speed
 """
 
 from .adapter import Adapter
+from .bank import Bank, Combination, combine
 from .config import AdapterConfig, LoRAConfig
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
 from .files.loading import load
@@ -28,7 +29,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Bank",
     "CheckpointError",
+    "Combination",
     "FrozenStatistics",
     "InjectedModule",
     "LoRA",
@@ -42,6 +45,7 @@ __all__ = [
     "TrainableHead",
     "TrainedParameter",
     "adapter_state_dict",
+    "combine",
     "disabled",
     "eject",
     "freeze",

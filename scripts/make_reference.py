@@ -19,6 +19,7 @@ ROOMS = {
     ],
     "Merging": ["merge", "unmerge", "fuse"],
     "Files": ["save", "load", "adapter_state_dict"],
+    "Many adapters": ["Bank", "combine", "Combination"],
     "What stands in a model": [
         *("InjectedModule", "LoRA", "LoRALinear", "Adapter"),
         *("TrainableHead", "TrainedParameter", "FrozenStatistics"),

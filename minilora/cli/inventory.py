@@ -52,7 +52,7 @@ class Part:
 class Inventory:
     """Whose the tensors of a file are.
 
-    >>> from minilora.plan import Manifest
+    >>> from minilora.manifest import Manifest
     >>> contents = Contents(Manifest(((LoRAConfig(r=1), ("up",)),), ()), {"up.lora_A": torch.ones(1, 2)})
     >>> Inventory.of(contents).problems()
     ["missing from the file: 'up.lora_B'"]

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
+from ..manifest import Manifest
 from ..module import InjectedModule, device_of
 from ..names import described, outermost_of
-from ..plan import Manifest, build
+from ..plan import Plan, build
 from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
 from ..words import explains_foreign_words
@@ -86,9 +88,61 @@ def load(
     file = path_for(path, model, call="load(model, path)")
     require_unwrapped(model)
     sites = Sites(model)
+    injected = {name: site for name, site in sites.injected().items() if site.trains}
     outcome = f"{str(file)!r} was not loaded and the model has not been changed"
+    fitted = fit(file, sites, injected, format=format, config=config, check_base=check_base, outcome=outcome)
+    values = _on_their_devices(fitted.tensors, fitted.injected, device_of(model))
+    for note in fitted.notes:  # before anything changes: a warning may be turned into an error
+        warnings.warn(note, UserWarning, stacklevel=3)
+    for wrapper, state in values.items():
+        wrapper.load_saved_state(state)
+    if fitted.plan is not None:
+        fitted.plan.put_in_place()
+    return model
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a file holds, read and found to fit a model, which has not been changed yet."""
+
+    tensors: Mapping[str, Tensor]
+    """By the names that a file uses; on the CPU."""
+    injected: Mapping[str, Site]
+    """The sites that they belong to, with wrappers that are there already, or that the plan brings."""
+    plan: Plan | None
+    """New wrappers, without values; None where the model has them already."""
+    notes: tuple[str, ...] = ()
+    """What a user should hear."""
+
+
+def fit(
+    file: Path,
+    sites: Sites,
+    injected: Mapping[str, Site],
+    *,
+    format: ReadFormat = "auto",
+    config: LoRAConfig | None = None,
+    check_base: bool = True,
+    outcome: str,
+) -> Fitted:
+    """Read a file and check it against a model, all that `load` does before it changes anything.
+
+    Args:
+        file: as `load` takes it.
+        sites: of the model.
+        injected: the sites whose wrappers shall take the values; empty for new wrappers.
+        format: as `load` takes it.
+        config: as `load` takes it.
+        check_base: as `load` takes it.
+        outcome: what became of the work, for the errors.
+
+    Raises:
+        CheckpointError: listing everything that is wrong.
+        MiniLoRAError: when an argument is wrong.
+        OSError: when there is no such file, or it cannot be read.
+    """
     with _reading(file, format, config, sites) as announced:
-        plan, injected = None, {name: site for name, site in sites.injected().items() if site.trains}
+        plan: Plan | None = None
         problems = announced.disagreements(sites)
         if injected:
             problems += _differences(announced.manifest, injected)
@@ -96,6 +150,7 @@ def load(
             plan, misfits = build(announced.manifest, sites, without_values=True)
             injected = plan.sites()
             problems += misfits.lines()
+            model = sites.model
             if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
                 problems.append("the model is on the meta device: give it its weights first, then load")
         if problems:
@@ -105,14 +160,7 @@ def load(
             raise CheckpointError(several(problems, outcome=outcome))
     if check_base and announced.base is not None:
         _require_same_base(announced.base, injected, outcome)
-    values = _on_their_devices(tensors, injected, device_of(model))
-    for note in (*announced.notes, *notes):  # before anything changes: a warning may be turned into an error
-        warnings.warn(note, UserWarning, stacklevel=3)
-    for wrapper, state in values.items():
-        wrapper.load_saved_state(state)
-    if plan is not None:
-        plan.put_in_place()
-    return model
+    return Fitted(tensors, injected, plan, (*announced.notes, *notes))
 
 
 def read(path: Path) -> Contents:

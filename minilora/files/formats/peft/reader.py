@@ -14,8 +14,8 @@ from torch import Tensor
 from ....config import LoRAConfig
 from ....errors import CheckpointError, MiniLoRAError, quoted, several
 from ....linear import linear_shape
+from ....manifest import Manifest, grouped
 from ....names import above, described, ends, natural
-from ....plan import Manifest, grouped
 from ....problems import Problems
 from ....sites import Sites
 from ...atomic import one_at_a_time
