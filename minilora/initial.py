@@ -51,6 +51,11 @@ def initial_values(
     return A, torch.zeros(shape_b, device="cpu")
 
 
+def change_since(A: Tensor, B: Tensor, A_start: Tensor, B_start: Tensor) -> tuple[Tensor, Tensor]:
+    """Return [A; A0] (..., 2r, in) and [B, -B0] (..., out, 2r), whose product is B A - B0 A0."""
+    return torch.cat([A, A_start], dim=-2), torch.cat([B, -B_start], dim=-1)
+
+
 def _orthogonal(
     shape_a: tuple[int, ...], shape_b: tuple[int, ...], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from . import dora
 from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import effective_weight
-from .initial import initial_values
+from .initial import change_since, initial_values
 from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
@@ -59,8 +59,8 @@ class LoRA(Mergeable):
     config: LoRAConfig
     lora_A: nn.Parameter  # (..., r, in)
     lora_B: nn.Parameter  # (..., out, r)
-    lora_A_start: nn.Parameter  # A0 and B0, frozen, where the update is the change since them
-    lora_B_start: nn.Parameter
+    lora_A_start: nn.Parameter  # A0, frozen, where the update is the change since A0 and B0
+    lora_B_start: nn.Parameter  # B0, frozen
     lora_magnitude: nn.Parameter  # (out,), where the config says DoRA
 
     def __init__(
@@ -161,8 +161,7 @@ class LoRA(Mergeable):
         """
         if not self.config.begins_at_weight:
             return self.lora_A, self.lora_B
-        A = torch.cat([self.lora_A, self.lora_A_start], dim=-2)
-        return A, torch.cat([self.lora_B, -self.lora_B_start], dim=-1)
+        return change_since(self.lora_A, self.lora_B, self.lora_A_start, self.lora_B_start)
 
     def value(self) -> EffectiveWeight:
         """Return W + s B A as a value that need not be formed."""

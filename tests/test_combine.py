@@ -53,6 +53,22 @@ def expected(base, weights):
     return total
 
 
+def test_what_begins_at_the_weight_is_summed_and_dora_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = CASES["mlp"].build(torch.float64)
+    for name, config in {
+        "a": LoRAConfig(r=2, init="pissa"),
+        "b": LoRAConfig(r=2),
+        "c": LoRAConfig(r=2, dora=True),
+    }.items():
+        minilora.save(filled(minilora.inject(copy.deepcopy(base), ["up"], config, trainable=()), 3), name)
+    weights = {"a": 0.5, "b": -2.0}
+    assert combine(weights, "out").ranks == {"up": 6}
+    assert distance(updates(base, "out")["up"], expected(base, weights)["up"]) < 1e-12
+    with pytest.raises(CheckpointError, match="'c': 'up': DoRA scales the weight itself, and has no sum"):
+        combine({"a": 1.0, "c": 1.0}, "none")
+
+
 @pytest.mark.parametrize("format", ["minilora", "peft"])
 def test_a_combination_is_the_weighted_sum_exactly(adapters, format):
     made = combine(WEIGHTS, "out", format=format)

@@ -26,6 +26,7 @@ from ..files.fingerprint import Fingerprint, compare
 from ..files.loading import read
 from ..files.paths import path_for
 from ..files.saving import WriteFormat, require_format, write
+from ..initial import change_since
 from ..manifest import Manifest, grouped
 from ..names import described, natural, outermost_of
 from .bank import Bank
@@ -144,7 +145,8 @@ class _Sum:
             contents = adapters[name]
             config = contents.manifest.placed().get((site, LoRAConfig.kind))
             if isinstance(config, LoRAConfig):
-                A, B = contents.tensors[f"{site}.lora_A"], contents.tensors[f"{site}.lora_B"]
+                A, B, *start = (contents.tensors[f"{site}.{name}"] for name in config.tensor_names)
+                A, B = change_since(A, B, *start) if start else (A, B)
                 parts.append((A, B, config, float(weight)))
         dtype = parts[0][0].dtype
         for A, *_ in parts:
@@ -225,12 +227,16 @@ def _refusals(contents: Contents) -> list[str]:
     ]
     if others:
         problems.append(f"{described(others)}: a bottleneck adapter is not linear, and has no sum")
+    if rescaled := [
+        s for c, sites in contents.manifest.injections for s in sites if getattr(c, "dora", False)
+    ]:
+        problems.append(f"{described(rescaled)}: DoRA scales the weight itself, and has no sum")
     missing = [
-        f"{site}.{side}"
+        f"{site}.{name}"
         for config, sites in contents.manifest.injections
         for site in sites
-        for side in ("lora_A", "lora_B")
-        if isinstance(config, LoRAConfig) and f"{site}.{side}" not in contents.tensors
+        for name in config.tensor_names
+        if isinstance(config, LoRAConfig) and f"{site}.{name}" not in contents.tensors
     ]
     if missing:
         problems.append(f"missing from the file: {described(missing)}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..adapter import Adapter
 from ..config import Config, LoRAConfig
 from ..errors import quoted
 from ..files.contents import Contents
+from ..initial import change_since
 from ..lora import LoRA
 from ..names import outermost_of
 from ..trained import TrainableHead
@@ -115,7 +115,7 @@ def _low_rank(part: Part) -> LowRank | Rescaled | None:
         A0, B0 = tensors["lora_A_start"], tensors["lora_B_start"]
         if (A0.shape, B0.shape) != (A.shape, B.shape):
             return None
-        A, B = torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
+        A, B = change_since(A, B, A0, B0)
     low_rank = LowRank(A, B, config.scaling)
     if not config.dora:
         return low_rank
