@@ -24,7 +24,7 @@ from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..manifest import Manifest
 from ..module import InjectedModule, device_of
 from ..names import described, outermost_of
-from ..plan import Plan, build
+from ..plan import Plan, build, meant_instead
 from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
 from ..words import explains_foreign_words
@@ -149,7 +149,7 @@ def fit(
         else:
             plan, misfits = build(announced.manifest, sites, without_values=True)
             injected = plan.sites()
-            problems += misfits.lines()
+            problems += misfits.lines(lambda names: meant_instead(names, sites))
             model = sites.model
             if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
                 problems.append("the model is on the meta device: give it its weights first, then load")
