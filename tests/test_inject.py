@@ -257,6 +257,7 @@ def test_failure_while_building_changes_nothing(monkeypatch):
         minilora.inject(model, ["up", "down"])
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_line_a_model_is_injected_or_it_is_not():
     """And ejected or not: a shared layer stands at three places, of which no two may differ.
 
