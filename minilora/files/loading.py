@@ -25,13 +25,14 @@ from ..names import described, outermost_of
 from ..plan import Manifest, build
 from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
+from ..torch_internals import own_tensors
 from ..words import explains_foreign_words
 from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
 from .formats import adapters, loralib, native, peft
 from .paths import path_for
 from .saving import saved_tensors
-from .tensors import FLOAT_DTYPES, is_finite
+from .tensors import FLOAT_DTYPES, Entry, is_finite
 
 ReadFormat = Literal["auto", "minilora", "peft", "loralib", "adapters"]
 
@@ -101,6 +102,7 @@ def load(
         if problems:
             raise CheckpointError(several(problems, outcome=outcome))
         tensors, problems, notes = _read_values(announced, saved_tensors(injected))
+        problems += _other_base_values(announced.base_values, sites)
         if problems := problems or [damage for damage in [announced.damage(tensors)] if damage]:
             raise CheckpointError(several(problems, outcome=outcome))
     if check_base and announced.base is not None:
@@ -146,7 +148,7 @@ def _reading(
     if format == "adapters":
         return adapters.reading(path)
     if format == "peft" or (format == "auto" and path.is_dir()):
-        return peft.reading(path)
+        return peft.reading(path, sites)
     return native.reading(path)
 
 
@@ -187,6 +189,31 @@ def _read_values(
         if not is_finite(tensors[key]):
             misfits.add(key, "not finite")
     return tensors, problems + misfits.lines(), rounded.lines()
+
+
+def _other_base_values(entries: Mapping[str, Entry], sites: Sites) -> list[str]:
+    """Return which tensors of the base a file holds that the model lacks, or has other values of."""
+    others = Problems()
+    for name, entry in entries.items():
+        owner, _, leaf = name.rpartition(".")
+        bare = sites[owner].bare if owner in sites else sites.model if not owner else None
+        tensor = own_tensors(bare).get(leaf) if bare is not None else None
+        if tensor is None:
+            others.add(name, "neither LoRA nor part of a module that is trained in full, nor of the base")
+        elif entry.shape != tuple(tensor.shape):
+            others.add(
+                name,
+                f"a weight of the base, {entry.shape} in the file and {tuple(tensor.shape)} here; was the "
+                "vocabulary resized? Resize the model's first",
+            )
+        elif not torch.equal(entry.read().to(tensor.dtype), tensor.detach().cpu()):
+            others.add(
+                name,
+                "neither LoRA nor part of a module that is trained in full, but a weight of the base with "
+                "other values than the model's, which `load` does not replace; if the file is right, copy "
+                "them into the model first",
+            )
+    return others.lines()
 
 
 def _require_same_base(recorded: Fingerprint, injected: Mapping[str, Site], outcome: str) -> None:
