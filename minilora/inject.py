@@ -10,9 +10,10 @@ from torch import nn
 
 from .config import AdapterConfig, Config, LoRAConfig
 from .errors import TargetError, quoted, several
+from .manifest import Manifest, grouped
 from .module import is_called
 from .names import described, lies_within
-from .plan import Manifest, build, grouped
+from .plan import build
 from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
 from .targets import Target, Targets, choices, head_modules, linear_names_within, matching, select
 from .torch_internals import own_parameters

@@ -138,7 +138,8 @@ class LoRA(Mergeable):
         Raises:
             MiniLoRAError: when dropout is on, which would have no effect.
         """
-        where = f"{self.site or type(self.bare).__name__!r}.{self.parameter}"
+        site = self.site or type(self.bare).__name__
+        where = repr(f"{site.removesuffix(f'.{self.parameter}')}.{self.parameter}")
         if self.training and self.config.dropout:
             raise MiniLoRAError(
                 f"{where}: dropout has nothing to act on in {function}, which computes with the whole "

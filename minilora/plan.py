@@ -1,4 +1,4 @@
-"""`Manifest`: which configs stand at which sites. `build`: wrappers for all of it, or every problem at once.
+"""`build`: wrappers for all that a manifest says, or every problem at once.
 
 `inject` makes a manifest from what the user names, `load` reads one from a file; from there on they are one
 act: build everything beside the model, then `Plan.put_in_place` swaps it in.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,6 +22,7 @@ from .frozen import FrozenStatistics, keeps_statistics
 from .linear import call_problem, is_managed, linear_shape, plain_weight
 from .lora import LoRA
 from .lora_linear import LoRALinear
+from .manifest import Manifest
 from .module import InjectedModule, bare_module, device_of
 from .names import above, described, nearest
 from .problems import Problems
@@ -30,47 +31,8 @@ from .torch_internals import has_hooks, own_parameters
 from .trained import TrainableHead, TrainedParameter
 from .training import base_parameters
 
-CONFIGS: dict[str, type[Config]] = {config.kind: config for config in (LoRAConfig, AdapterConfig)}
-"""The config of each kind that has one, by the kind's name."""
-
 WRAPPERS: dict[str, type[InjectedModule]] = {LoRA.kind: LoRA, Adapter.kind: Adapter}
 """The wrappers that configs of each kind ask for; `LoRALinear` is a `LoRA`."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Which configs stand at which sites, and which modules and parameters are trained in full."""
-
-    injections: tuple[tuple[Config, tuple[str, ...]], ...]
-    trainable: tuple[str, ...]
-
-    @classmethod
-    def of(cls, injected: Mapping[str, Site]) -> Manifest:
-        """Return the manifest of a model's wrappers, as `sites.injected_sites` gives them."""
-        placed: list[tuple[Config, str]] = []
-        trainable = []
-        for name, site in injected.items():
-            for wrapper in reversed(site.wrappers):  # LoRA first, then the adapter around it
-                if wrapper.config is not None:
-                    placed.append((wrapper.config, wrapper.placed_at(name)))
-                elif wrapper.trains:
-                    trainable.append(wrapper.placed_at(name))
-        return cls(grouped(placed), tuple(trainable))
-
-    def placed(self) -> dict[tuple[str, str], Config | None]:
-        """Return what stands where: (site, kind) -> config, or None for a module trained in full."""
-        placed: dict[tuple[str, str], Config | None] = {
-            (site, config.kind): config for config, sites in self.injections for site in sites
-        }
-        return placed | {(name, TrainableHead.kind): None for name in self.trainable}
-
-
-def grouped(placed: Iterable[tuple[Config, str]]) -> tuple[tuple[Config, tuple[str, ...]], ...]:
-    """Return the sites of each config, in the order in which they come."""
-    groups: dict[Config, list[str]] = {}
-    for config, site in placed:
-        groups.setdefault(config, []).append(site)
-    return tuple((config, tuple(sites)) for config, sites in groups.items())
 
 
 @dataclass
@@ -266,6 +228,7 @@ def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> li
             problems.add(name, f"to be trained in full, but {problem}")
         elif problem := (
             ("listed twice to be trained in full" if count > 1 else overlaps.get(name))
+            or _adapted(sites[name])
             or _tie(sites[name], sites)
             or _offloaded(sites[name])
         ):
@@ -304,6 +267,16 @@ def _overlaps(manifest: Manifest, sites: Sites) -> dict[str, str]:
         f"({quoted(sorted(others))}); choose one of the two"
         for name, others in found.items()
     }
+
+
+def _adapted(site: Site) -> str | None:
+    """Return that a parameter to be trained in full has LoRA from an earlier call, or None."""
+    for wrapper in site.wrappers:
+        if isinstance(wrapper, LoRA) and wrapper.parameter == site.parameter:
+            return (
+                f"to be trained in full, but carries {wrapper.description()} already; choose one of the two"
+            )
+    return None
 
 
 def _tie(site: Site, sites: Sites) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from .layout import layout_of
 from .linear import linear_shape
 from .names import generic, nearest, outermost_of, suffix_counts
 from .sites import Site, Sites
@@ -131,7 +132,7 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def choices(sites: Sites, limit: int = 20) -> str:
-    """Return a table of the model's linear layers, layers of a stack on one line."""
+    """Return a table of what "all-linear" could reach, layers of a stack on one line."""
     if linear_shape(sites.model):
         kind = type(sites.model).__name__
         return (
@@ -143,6 +144,14 @@ def choices(sites: Sites, limit: int = 20) -> str:
         if shape := linear_shape(site.bare):
             kind = f"{type(site.bare).__name__} {shape.in_features} -> {shape.out_features}"
             groups[generic(name), kind] += 1
+    for name in linear_parameters(sites):
+        site = sites[name]
+        parameter = own_parameters(site.bare)[site.parameter or ""]
+        assert parameter is not None
+        layout = layout_of(site.bare, site.parameter or "", parameter)
+        each = "".join(f"{count} x " for count in layout.leading)
+        kind = f"{type(site.bare).__name__} {each}{layout.inputs} -> {layout.outputs}"
+        groups[generic(name), kind] += 1
     if not groups:
         return "This model has no linear layers."
     width = max(len(name) for name, _ in list(groups)[:limit])

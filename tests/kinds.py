@@ -148,6 +148,22 @@ KINDS = [
         dropout=False,
     ),
     Kind("attention", _attention(batch_first=True), (2, 5, 8), "in_proj_weight", **ATTENTION),
+    Kind(
+        "attention_masked",
+        _attention(),
+        (5, 2, 8),
+        "in_proj_weight",
+        arguments=lambda x: (
+            *(x, x, x, torch.tensor([[False] * 5, [False] * 3 + [True] * 2]), False),
+            torch.ones(5, 5, dtype=torch.bool).triu(1),
+        ),
+        dropout=False,
+    ),
+    Kind(
+        "transposed_1d", _conv(nn.ConvTranspose1d, 6, 8, 3, groups=2), (2, 6, 4), formed=True, dropout=False
+    ),
+    Kind("bag", lambda: nn.EmbeddingBag(10, 8), (2, 5), ids=True, formed=True, dropout=False),
+    Kind("cell", lambda: nn.GRUCell(8, 6), (3, 8), "weight_ih", formed=True, dropout=False),
     Kind("attention_seq_first", _attention(bias=False), (5, 2, 8), "in_proj_weight", **ATTENTION),
     Kind(
         "attention_separate",

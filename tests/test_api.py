@@ -23,7 +23,7 @@ CORE = [
     ["adapter", "frozen", "layout", "sites", "view"],
     ["mergeable", "targets", "trained", "training", "weight"],
     ["lora"],
-    ["lora_linear"],
+    ["lora_linear", "manifest"],
     ["plan", "summary"],
     ["inject", "merging"],
 ]

@@ -7,12 +7,24 @@ import warnings
 
 import pytest
 import torch
-from checks import distance, raw, state, unchanged
-from kinds import KINDS, Kind, materialised
+from checks import distance, randomise, raw, state, unchanged
+from kinds import KINDS, Experts, Kind, materialised
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import minilora
 from minilora import LoRA, LoRAConfig, LoRALinear, MiniLoRAError, TargetError
+from minilora.weight import EffectiveWeight
+
+FUNCTIONS = {
+    "scaled": "mul",
+    "transposed": "conv_transpose2d",
+    "transposed_1d": "conv_transpose1d",
+    "bilinear": "bilinear",
+    "bag": "embedding_bag",
+    "cell": "gru_cell",
+}
+"""Those without a rule, for the sake of which the whole weight is formed."""
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 on_kinds = pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
@@ -188,13 +200,14 @@ def test_what_is_formed_is_said_once(kind):
         model(x)
     said = [str(w.message) for w in caught if "is formed" in str(w.message)]
     assert len(said) == kind.formed
-    assert all(kind.target in message for message in said)
+    assert all(f"'layer.{kind.parameter}': " in message for message in said)
+    assert all(FUNCTIONS[kind.name] in message for message in said)
 
 
 @on_kinds
 def test_dropout_acts_or_is_refused(kind):
     if not kind.dropout:
-        with pytest.raises((TargetError, MiniLoRAError), match="dropout has no"):
+        with pytest.raises((TargetError, MiniLoRAError), match=r"'layer.*dropout has no"):
             injected(kind, dropout=0.5).train()(kind.input())
         return
     model, x = injected(kind, dropout=0.5), kind.input()
@@ -239,6 +252,46 @@ def test_threads_do_not_meet(kind):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@on_kinds
+def test_threads_share_one_model(kind):
+    """The view is one for all calls, and holds nothing of any of them."""
+    model, names = injected(kind).eval(), ("layer.lora_A", "layer.lora_B")
+    inputs = [kind.input(), kind.input().flip(0)]
+
+    def gradients(x):
+        parameters = [model.get_parameter(name) for name in names]
+        return [raw(grad) for grad in torch.autograd.grad(model(x).square().sum(), parameters)]
+
+    expected, wrong = [gradients(x) for x in inputs], []
+
+    def run(x, expected):
+        wrong.extend(x for _ in range(10) if gradients(x) != expected)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@on_kinds
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(kind, reentrant):
+    config = {"dropout": 0.3} if kind.dropout else {}
+    x, start = kind.input(), torch.zeros((), requires_grad=True)  # what re-entrant checkpoints begin from
+    gradients = []
+    for checkpointing in (False, True):
+        model = injected(kind, **config).train()
+        torch.manual_seed(3)
+        y = checkpoint(lambda _, m=model: m(x), start, use_reentrant=reentrant) if checkpointing else model(x)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in minilora.trainable_parameters(model)])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain.any()
+        assert distance(checkpointed, plain) < 1e-14
 
 
 @on_kinds
@@ -299,13 +352,25 @@ def test_an_embedding_that_renormalises_writes_nothing():
     model = nn.Sequential(nn.Embedding(10, 8, max_norm=1.0)).requires_grad_(False)
     weight = model[0].weight.detach().clone()
     minilora.inject(model, "0", LoRAConfig(r=2))
-    nn.init.normal_(model[0].lora_B)
+    nn.init.normal_(model[0].lora_B, std=9.0)
+    before = raw(model[0].lora_A), raw(model[0].lora_B), raw(weight)
     y = model(torch.arange(10))
-    assert torch.equal(model[0].base.weight, weight)
-    assert torch.equal(model[0].lora_A, model[0].lora_A.clone())
+    assert (raw(model[0].lora_A), raw(model[0].lora_B), raw(model[0].base.weight)) == before
     assert (y.norm(dim=-1) <= 1.0001).all()
     plain = nn.Embedding.from_pretrained(model[0].effective_weight().detach(), max_norm=1.0)
     assert distance(y.detach(), plain(torch.arange(10))) < 1e-5
+
+
+def test_sparse_look_ups_are_those_of_dense_ones():
+    """`sparse` is about the gradient of W, which has none: that of B is dense."""
+    ids, gradients = torch.tensor([1, 1, 2]), []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = minilora.inject(nn.Sequential(nn.Embedding(6, 4, sparse=sparse)), "0", LoRAConfig(r=2))
+        randomise(model)(ids).square().sum().backward()
+        gradients.append([p.grad for p in minilora.trainable_parameters(model)])
+    for dense, sparse in zip(*gradients, strict=True):
+        assert raw(sparse) == raw(dense)
 
 
 def test_the_padding_row_stays_what_it_is_in_training():
@@ -314,9 +379,40 @@ def test_the_padding_row_stays_what_it_is_in_training():
     ids = torch.tensor([0, 1, 1, 2])
     optimizer = torch.optim.AdamW(minilora.trainable_parameters(model), lr=0.1)
     for _ in range(3):
-        model(ids).square().sum().backward()
+        (model(ids) - 1).square().sum().backward()  # which has a gradient at zero, the padding's row
         optimizer.step()
     assert torch.equal(model(torch.tensor([1])), model[0].base(torch.tensor([1])))
+
+
+def test_an_embedding_leaves_the_output_layer_that_is_tied_to_it_alone():
+    """The output layer goes on with W, unmerged, merged and fused; who ties the two anew is told to wait."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, tie_word_embeddings=True, **shape)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(6).view(1, 6)
+    plain = copy.deepcopy(model)
+    plain.lm_head.weight = nn.Parameter(plain.lm_head.weight.detach().clone())
+    W = model.lm_head.weight
+    minilora.inject(model, "embed_tokens", LoRAConfig(r=2))
+    embedding = randomise(model).model.embed_tokens
+    plain.model.embed_tokens.weight.data = embedding.effective_weight().detach()
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+        assert distance(model(input_ids=ids).logits, expected) < 1e-5
+        for tie in (model.tie_weights, lambda: model.resize_token_embeddings(40)):
+            with unchanged(model), pytest.raises((AttributeError, TypeError), match="embed"):
+                tie()
+        minilora.merge(model)
+        assert (model.lm_head.weight is W, embedding.base.weight is W) == (True, False)
+        assert distance(model(input_ids=ids).logits, expected) < 1e-5
+        minilora.unmerge(model)
+        assert model.lm_head.weight is embedding.base.weight is W
+        with pytest.warns(UserWarning, match="'model.embed_tokens.weight' was tied"):
+            minilora.fuse(model)
+        assert model.lm_head.weight is W
+        model.config.tie_word_embeddings = False  # as the warning says
+        model.resize_token_embeddings(40)
+        assert distance(model(input_ids=ids).logits[..., :32], expected) < 1e-5
 
 
 def test_gradients_by_frequency_are_those_of_the_whole_weight():
@@ -393,12 +489,14 @@ def test_fused_experts_of_transformers(name, way, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
-def test_fused_experts_compile_in_one_graph(way):
+def test_fused_experts_compile_in_one_graph_and_form_nothing(way, monkeypatch):
+    """In float32 the grouped product is another operator there, which transformers registers."""
     model, ids = experts_model("Qwen3Moe"), torch.arange(12).view(2, 6)
     model.set_experts_implementation(way)
     minilora.inject(model, ["gate_up_proj", "down_proj"], LoRAConfig(r=3))
     for tensor in minilora.adapter_state_dict(model).values():
         nn.init.normal_(tensor, std=0.1)
+    monkeypatch.delattr(EffectiveWeight, "whole")
     torch.compiler.reset()
     compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
     assert distance(compiled(input_ids=ids).logits.detach(), model(input_ids=ids).logits.detach()) < 1e-5
@@ -411,6 +509,11 @@ def test_all_linear_reaches_experts_and_packed_projections_and_spares_routers():
     assert any(name.endswith("experts.gate_up_proj.lora_A") for name in names)
     assert any(name.endswith("experts.down_proj.lora_A") for name in names)
     assert not any("gate.weight" in name or "router" in name or "lm_head" in name for name in names)
+    *_, share, embedding, head, router = str(minilora.summary(model)).splitlines()
+    assert share == "LoRA reaches 87.7 % of the base's matrix weights"
+    assert [embedding, head, router] == [
+        f"    not {name} x1" for name in ("model.embed_tokens", "lm_head", "model.layers.*.mlp.gate")
+    ]
     encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     minilora.inject(encoder, "all-linear", LoRAConfig(r=2))
     assert "self_attn.in_proj_weight.lora_A" in minilora.adapter_state_dict(encoder)
@@ -421,6 +524,8 @@ def test_all_linear_reaches_experts_and_packed_projections_and_spares_routers():
     [
         (lambda: nn.Sequential(nn.LSTM(4, 4)), "0", "keeps its weights flat|has no weight"),
         (lambda: nn.Sequential(nn.LSTM(4, 4)), "weight_ih_l0", "keeps its weights flat"),
+        (lambda: nn.Sequential(nn.GRU(4, 4)), "0", r"has no weight of its own; it has '0\.weight_ih_l0'"),
+        (lambda: nn.Sequential(nn.GRU(4, 4)), "0.weight_hh_l0", "GRU keeps its weights flat"),
         (lambda: nn.Sequential(nn.LayerNorm(4)), "0", "needs a matrix"),
         (lambda: nn.Sequential(nn.LayerNorm(4)), "0.bias", "needs a matrix"),
         (
@@ -437,15 +542,34 @@ def test_what_cannot_be_reached_is_refused_by_name(make, target, says):
         minilora.inject(model, target)
 
 
-def test_integers_shared_parameters_and_doubles_are_refused_together():
-    model = nn.ModuleDict({"a": nn.Embedding(4, 8), "b": nn.Embedding(4, 8), "c": nn.Conv1d(4, 4, 1)})
-    model["b"].weight = model["a"].weight
-    model["c"].counts = nn.Parameter(torch.zeros(3, 3, dtype=torch.int64), requires_grad=False)
+def test_all_that_cannot_be_is_refused_together():
+    model = nn.ModuleDict({"a": Experts(), "b": Experts(), "c": nn.Conv1d(4, 4, 1), "d": Experts()})
+    model["b"].up = model["a"].up
+    for name, value in {
+        "counts": torch.zeros(3, 3, dtype=torch.int64),
+        "scale": torch.tensor(1.0),
+        "empty": torch.zeros(0, 3),
+    }.items():
+        setattr(model["c"], name, nn.Parameter(value, requires_grad=False))
+    targets = ["counts", "scale", "empty", "bias", "c.weight", "a.up", "d.down"]
     with unchanged(model), pytest.raises(TargetError) as error:
-        minilora.inject(model, ["counts", "c"], trainable=["c.weight"])
-    assert "'c.counts'" in str(error.value)
-    assert "int64" in str(error.value)
-    assert "'c'" in str(error.value)
+        minilora.inject(model, targets, LoRAConfig(r=1), trainable=["d.down", "b.up"])
+    for line in (
+        "7 problems; the model has not been changed",
+        "'c.counts': 'counts' of Conv1d is a Parameter of torch.int64",
+        "'c.scale': 'scale' has the shape ()",
+        "'c.empty': 'empty' has the shape (0, 3)",
+        "'c.bias': 'bias' has the shape (4,)",
+        "'a.up': is one parameter of several modules ('a.up', 'b.up'); untie it first",
+        "'d.down': trainable names what is, contains or lies inside an injected site",
+        "'b.up': trainable names a parameter that is tied to 'a.up'",
+    ):
+        assert line in str(error.value), line
+    minilora.inject(model, "c", LoRAConfig(r=1), trainable=["d.down"])
+    with unchanged(model), pytest.raises(TargetError, match=r"'d\.down': is trained in full as well"):
+        minilora.inject(model, "d.down")
+    with unchanged(model), pytest.raises(TargetError, match=r"'c\.weight'.*choose one of the two"):
+        minilora.inject(model, "d.up", trainable=["c.weight"])
 
 
 def test_parameters_are_trained_as_copies_saved_and_loaded(tmp_path):
@@ -490,6 +614,44 @@ def test_parameters_are_trained_as_copies_saved_and_loaded(tmp_path):
     assert state(fresh) == state(bare)
 
 
+class Vision(nn.Module):
+    """A model with parameters of its own, as timm's have."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).mT
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+
+
+def test_class_tokens_and_positions_are_trained_saved_loaded_and_shown(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"vision": Vision()})
+
+    names, images = ["cls_token", "pos_embed"], torch.randn(2, 3, 8, 8)
+    bare = make()["vision"]
+    with unchanged(bare), pytest.raises(TargetError, match=r'nn\.ModuleDict\(\{"model": model\}\)'):
+        minilora.inject(bare, "patches", trainable=names)
+    model = minilora.inject(make(), "patches", LoRAConfig(r=2), trainable=names)
+    optimizer = torch.optim.SGD(minilora.trainable_parameters(model), lr=0.5)
+    (model["vision"](images) - 1).square().sum().backward()
+    optimizer.step()
+    minilora.save(model, tmp_path / "a.safetensors")
+    fresh = minilora.load(make(), tmp_path / "a.safetensors")
+    assert raw(fresh["vision"](images)) == raw(model["vision"](images))
+    state_dict = minilora.adapter_state_dict(fresh)
+    assert set(state_dict) == {f"vision.{n}" for n in (*names, "patches.lora_A", "patches.lora_B")}
+    assert all(state_dict[f"vision.{name}"].any() for name in names)
+    for name in names:
+        assert f"vision.{name} " in str(minilora.summary(fresh))
+    assert state(minilora.eject(model)) == state(make())
+
+
 def test_a_parameter_trained_later_on_a_layer_with_lora():
     model = nn.ModuleDict({"fc": nn.Linear(8, 8), "out": nn.Linear(8, 8)})
     minilora.inject(model, "fc", LoRAConfig(r=2))
@@ -519,6 +681,11 @@ def test_configs_by_site():
     assert "'valu' matches none" in str(error.value)
     with unchanged(bare), pytest.raises(TypeError, match="must be a LoRAConfig"):
         minilora.inject(bare, ["query"], lambda name, module: {"r": 4})
+    experts = nn.ModuleDict({"experts": Experts(), "fc": nn.Linear(8, 8)})
+    minilora.inject(  # given what the target names, the parameter itself
+        experts, ["up", "fc"], lambda name, value: LoRAConfig(r=5 if isinstance(value, nn.Parameter) else 1)
+    )
+    assert [experts["experts"].config.r, experts["fc"].config.r] == [5, 1]
 
 
 class Sizes(torch.utils._python_dispatch.TorchDispatchMode):

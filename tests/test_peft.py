@@ -592,7 +592,7 @@ def test_what_peft_has_no_words_for(tmp_path: Path) -> None:
 
 def _contents_without_lora() -> Any:
     from minilora.files.contents import Contents
-    from minilora.plan import Manifest
+    from minilora.manifest import Manifest
 
     return Contents(Manifest((), ("head",)), {"head.weight": torch.zeros(2)})
 

@@ -36,6 +36,7 @@ NOT_WRITTEN = {
     "conv2d_replicate": "padding_mode='replicate'",
     "conv2d_circular": "padding_mode='circular'",
     "transposed": "no LoRA for ConvTranspose2d",
+    "transposed_1d": "no LoRA for ConvTranspose1d",
     "bilinear": "no LoRA for Bilinear",
 }
 

@@ -7,7 +7,8 @@ from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig
-from minilora.plan import Manifest, build, grouped
+from minilora.manifest import Manifest, grouped
+from minilora.plan import build
 from minilora.problems import Problems
 from minilora.sites import Sites, injected_sites
 

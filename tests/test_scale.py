@@ -25,7 +25,8 @@ from minilora.files.formats import native
 from minilora.files.formats.peft import config as peft_config
 from minilora.files.formats.peft.config import PeftLoraConfig
 from minilora.files.tensors import digest, entries_of, read_tensors, write_tensors
-from minilora.plan import Manifest, build
+from minilora.manifest import Manifest
+from minilora.plan import build
 from minilora.sites import Sites
 
 LIBRARY = str(Path(minilora.__file__).parent)

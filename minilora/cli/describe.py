@@ -80,7 +80,7 @@ def _stacks(parts: Iterable[Part]) -> dict[tuple[str, str], list[Part]]:
     """Return the parts that differ in their indices alone, by what they share: a name, and shapes."""
     stacks: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
-        columns = (f"{plain(key)} {_by(shape)}" for key, shape in part.shapes.items())
+        columns = (f"{plain(key)} {_by(shape)}".lstrip() for key, shape in part.shapes.items())
         stacks.setdefault((plain(generic(part.name)), " ".join(columns)), []).append(part)
     return stacks
 

@@ -30,7 +30,7 @@ class Part:
     config: Config | None
     """None for a module that is trained in full."""
     tensors: Mapping[str, Tensor]
-    """By their names below the part's own."""
+    """By their names below the part's own, which for a parameter that is trained in full is ""."""
 
     @property
     def title(self) -> str:
@@ -51,7 +51,7 @@ class Part:
 class Inventory:
     """Whose the tensors of a file are.
 
-    >>> from minilora.plan import Manifest
+    >>> from minilora.manifest import Manifest
     >>> contents = Contents(Manifest(((LoRAConfig(r=1), ("up",)),), ()), {"up.lora_A": torch.ones(1, 2)})
     >>> Inventory.of(contents).problems()
     ["missing from the file: 'up.lora_B'"]
@@ -106,7 +106,9 @@ class Kind:
 
 def _low_rank(part: Part) -> LowRank | None:
     A, B, config = part.tensors.get("lora_A"), part.tensors.get("lora_B"), part.config
-    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+    if A is None or B is None or min(A.ndim, B.ndim) < 2:
+        return None
+    if A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
         return None
     assert isinstance(config, LoRAConfig)  # a manifest keeps kinds and configs together
     return LowRank(A, B, config.scaling)

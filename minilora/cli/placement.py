@@ -9,6 +9,7 @@ under older names altogether; there the adapter's fingerprint tells which weight
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -91,7 +92,7 @@ def place(contents: Contents, base: BaseFiles) -> Placement:
     found = _find(list(loras) or _with_weight(others, base), recorded, base, problems)
     weights = dict(found.weights)
     if not found.by_value:
-        weights |= _present({site: found.prefix.stored(f"{site}.weight") for site in others}, base)
+        weights |= _by_name(others, found.prefix, base).weights
     updates = _updates(loras, problems)
     transposed = _transposed(updates, weights, contents, base, problems)
     heads = _heads([part for part in parts if part.config is None], found, base, problems)
@@ -129,7 +130,7 @@ def prefix_votes(sites: Iterable[str], base: BaseFiles) -> Counter[Prefix]:
     The time it takes grows with the number of sites and of tensors, not with their product.
     """
     wanted, votes = dict.fromkeys(sites), Counter[Prefix]()
-    stored = dict.fromkeys(n.removesuffix(".weight") for n in base.tensors if n.endswith(".weight"))
+    stored = dict.fromkeys(name.removesuffix(".weight") for name in base.tensors)
     for name in stored:
         for front in ("", *(f"{outer}." for outer in above(name))):
             if name[len(front) :] in wanted:
@@ -181,11 +182,14 @@ def _near(signature: Signature, rows: Mapping[torch.dtype, list[tuple[float, str
 
 
 def _by_name(sites: Iterable[str], prefix: Prefix, base: BaseFiles) -> Found:
-    return Found(_present({site: prefix.stored(f"{site}.weight") for site in sites}, base), prefix)
-
-
-def _present(names: Mapping[str, str | None], base: BaseFiles) -> dict[str, str]:
-    return {site: name for site, name in names.items() if name is not None and name in base.tensors}
+    """Return where the weights are: a site is a module, for its `weight`, or a parameter's own name."""
+    found: dict[str, str] = {}
+    for site in sites:
+        stored = prefix.stored(site)
+        for name in () if stored is None else (f"{stored}.weight", stored):
+            if name in base.tensors:
+                found.setdefault(site, name)
+    return Found(found, prefix)
 
 
 def _with_weight(sites: list[str], base: BaseFiles) -> list[str]:
@@ -201,6 +205,7 @@ def _with_weight(sites: list[str], base: BaseFiles) -> list[str]:
 
 def _add_missing(found: Found, sites: list[str], base: BaseFiles, problems: Problems) -> None:
     missing = [site for site in sites if site not in found.weights]
+    apart = next((name for name in base.tensors if re.search(r"\bexperts\.\d+\.", name)), None)
     near = nearest(f"{missing[0]}.weight", base.tensors, limit=1)  # slow, and the next would tell no more
     text = "the base has no weight of that name" + (f"; nearest: {near[0]!r}" if near else "")
     if found.weights:
@@ -211,6 +216,13 @@ def _add_missing(found: Found, sites: list[str], base: BaseFiles, problems: Prob
     for site in missing:
         if (name := base.left_out.get(f"{site}.weight")) is not None:
             problems.add(site, f"the base has its weight as {name!r} only, to which it is tied")
+        elif apart is not None and "experts" in site.split("."):
+            problems.add(
+                site,
+                f"the base's files keep each expert by itself, as {apart!r}, which the model puts together "
+                "as it loads: fuse in Python instead, minilora.fuse(model), then "
+                "model.save_pretrained(folder)",
+            )
         else:
             problems.add(site, text)
 
@@ -238,15 +250,19 @@ def _transposed(
     for site, update in updates.items():
         if site not in weights:
             continue
-        stored, shape = base.tensors[weights[site]].shape, update.shape
-        if stored not in (shape, shape[::-1]):
-            problems.add(site, f"the base's weight is {stored}, the adapter's update {shape}")
-        elif shape[0] != shape[1]:
-            transposed |= {site} if stored != shape else set()
+        stored, recorded = base.tensors[weights[site]].shape, contents.base or Fingerprint()
+        signature = recorded.signatures.get(site)
+        ways = [way for way in (False, True) if update.fits(stored, transposed=way)]
+        if not ways:
+            problems.add(site, f"the base's weight is {stored}, the adapter's update {update.shape}")
+        elif signature is not None and signature.shape != stored:  # a kernel of as many values
+            problems.add(site, f"the base's weight is {stored}, and it was trained on {signature.shape}")
+        elif len(ways) == 1:
+            transposed |= {site} if ways[0] else set()
         elif contents.base is None:
             problems.add(site, "the weight is square, and the file does not tell whether it is transposed")
         else:
-            transposed |= {site} & contents.base.transposed
+            transposed |= {site} & recorded.transposed
     return frozenset(transposed)
 
 
@@ -256,7 +272,7 @@ def _heads(parts: list[Part], found: Found, base: BaseFiles, problems: Problems)
     beginnings = {site.partition(".")[0] for site in found.weights}
     for part in parts:
         for key, tensor in part.tensors.items():
-            full = f"{part.name}.{key}"
+            full = f"{part.name}.{key}" if key else part.name
             name = found.prefix.stored(full)
             if name is None:
                 problems.add(

@@ -59,7 +59,8 @@ def find_ties(placement: Placement, base: BaseFiles) -> dict[str, str]:
         elif name in by_words and not is_under_own_name(site, name):
             found[site] = f"its weight is tied to {generic(name)!r}, under whose name it is stored, {ADVICE}"
         elif name in by_words and not untied and shapes[base.tensors[name].shape] == 1:
-            found[site] = f"its weight is tied to the embedding, which is not stored apart, {ADVICE}{DOUBT}"
+            other = "output layer" if site in placement.transposed else "embedding"  # which looks rows up
+            found[site] = f"its weight is tied to the {other}, which is not stored apart, {ADVICE}{DOUBT}"
     return found
 
 

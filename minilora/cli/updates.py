@@ -6,6 +6,7 @@ Values     the numbers themselves, of what has no such sum: a bottleneck, a modu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,34 +18,49 @@ from ..functional import effective_weight
 
 @dataclass(frozen=True)
 class LowRank:
-    """s B A, (out, in); it is never formed, but for `added_to`.
+    """s B A, (out, in), or a stack of them; it is never formed, but for `added_to`.
 
     >>> update = LowRank(torch.ones(1, 3), torch.ones(2, 1), scaling=2.0)
     >>> update.shape, round(update.norm() ** 2)
     ((2, 3), 24)
     """
 
-    A: Tensor  # (r, in)
-    B: Tensor  # (out, r)
+    A: Tensor  # (..., r, in)
+    B: Tensor  # (..., out, r)
     scaling: float
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return len(self.B), self.A.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(..., out, in)."""
+        return *self.B.shape[:-1], self.A.shape[-1]
+
+    def fits(self, weight: tuple[int, ...], *, transposed: bool) -> bool:
+        """Return whether a weight of this shape can take it in.
+
+        A matrix goes into a weight of more dimensions, such as a kernel, whose first is the matrix's own.
+
+        >>> update = LowRank(torch.ones(1, 18), torch.ones(4, 1), scaling=1.0)
+        >>> update.fits((4, 2, 3, 3), transposed=False), update.fits((18, 4), transposed=True)
+        (True, True)
+        """
+        *leading, out, inputs = self.shape
+        rows, columns = (inputs, out) if transposed else (out, inputs)
+        if leading:
+            return weight == (*leading, rows, columns)
+        return len(weight) > 1 and weight[0] == rows and math.prod(weight[1:]) == columns
 
     def norm(self) -> float:
         """Return the Frobenius norm, in float64: that of R_B R_A', where B = Q R_B and A' = Q R_A."""
-        left = torch.linalg.qr(self.B.double(), mode="r").R  # (min(out, r), r)
-        right = torch.linalg.qr(self.A.double().T, mode="r").R
-        return abs(self.scaling) * float(torch.linalg.norm(left @ right.T))
+        left = torch.linalg.qr(self.B.double(), mode="r").R  # (..., min(out, r), r)
+        right = torch.linalg.qr(self.A.double().mT, mode="r").R
+        return abs(self.scaling) * float(torch.linalg.vector_norm(left @ right.mT))
 
     def minus(self, other: Update) -> LowRank | None:
         """Return the difference, of rank r + r'; None where the shapes differ."""
         if not isinstance(other, LowRank) or self.shape != other.shape:
             return None
-        B = torch.cat([self.scaling * self.B.double(), -other.scaling * other.B.double()], dim=1)
-        return LowRank(torch.cat([self.A.double(), other.A.double()]), B, scaling=1.0)
+        B = torch.cat([self.scaling * self.B.double(), -other.scaling * other.B.double()], dim=-1)
+        return LowRank(torch.cat([self.A.double(), other.A.double()], dim=-2), B, scaling=1.0)
 
     def added_to(self, weight: Tensor, *, transposed: bool, dtype: torch.dtype) -> Tensor:
         """Return W_eff = W + s B A in the weight's layout, rounded once to `dtype`."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..manifest import Manifest
 from ..names import described, outermost_of
-from ..plan import Manifest
 from ..sites import Sites
 from .fingerprint import Fingerprint
 from .tensors import Entry

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
+from ..manifest import Manifest
 from ..module import InjectedModule, device_of
 from ..names import described, outermost_of
-from ..plan import Manifest, build
+from ..plan import build
 from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
 from ..torch_internals import own_tensors

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
+from ..manifest import Manifest
 from ..names import described
-from ..plan import Manifest
 from ..problems import Problems
 from ..sites import Site, Sites, require_injected, require_unwrapped
 from ..training import added_tensors, thawed_parameters

@@ -21,8 +21,8 @@ from typing import Any
 
 from ...config import AdapterConfig, Config, LoRAConfig
 from ...errors import CheckpointError, MiniLoRAError, quoted, several
+from ...manifest import Manifest, grouped
 from ...names import described, natural
-from ...plan import Manifest, grouped
 from ...sites import Sites
 from ..contents import Announced
 from ..tensors import Entry, opened, read_json

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ...config import LoRAConfig
 from ...errors import CheckpointError, several
+from ...manifest import Manifest
 from ...names import above, described, natural
-from ...plan import Manifest
 from ...problems import Problems
 from ...sites import Sites
 from ..contents import Announced

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import CheckpointError, MiniLoRAError
-from ...plan import CONFIGS, Manifest
+from ...manifest import CONFIGS, Manifest
 from ..contents import Announced, Contents
 from ..fingerprint import Fingerprint
 from ..tensors import digest, entries_of, opened, parse_json, write_tensors

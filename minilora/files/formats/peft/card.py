@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ....config import LoRAConfig
+from ....manifest import Manifest
 from ....names import generic
-from ....plan import Manifest
 
 CARD_FILE = "README.md"
 

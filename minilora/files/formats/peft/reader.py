@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ....config import LoRAConfig
 from ....errors import CheckpointError, MiniLoRAError, quoted, several
+from ....manifest import Manifest, grouped
 from ....names import above, described, ends, natural, outermost_of
-from ....plan import Manifest, grouped
 from ....problems import Problems
 from ....sites import Sites
 from ....torch_internals import own_parameters

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ....config import LoRAConfig
 from ....errors import CheckpointError, several
+from ....manifest import Manifest
 from ....names import above, described, natural
-from ....plan import Manifest
 from ....sites import Sites
 from ...atomic import new_folder, write_together, write_whole
 from ...contents import Contents
