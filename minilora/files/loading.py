@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
-from ..manifest import Manifest
 from ..module import InjectedModule, device_of
 from ..names import described, outermost_of
 from ..plan import build
@@ -28,6 +27,7 @@ from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
 from ..torch_internals import own_tensors
 from ..words import explains_foreign_words
+from .agreement import ConfigFrom, differences, take_configs
 from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
 from .formats import adapters, loralib, native, peft
@@ -47,7 +47,9 @@ def load(
     *,
     format: ReadFormat = "auto",
     config: LoRAConfig | None = None,
+    config_from: ConfigFrom | None = None,
     check_base: bool = True,
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """Inject what a file describes and give it the file's values. Inverse: `save`.
 
@@ -61,7 +63,12 @@ def load(
             `.safetensors` file of `loralib.lora_state_dict(model)`, with or without a task head; "adapters"
             a folder that the adapters library saved for a BERT, with `use_safetensors=True`.
         config: for "loralib" alone, whose files hold neither r nor alpha.
+        config_from: for a model that carries the same injections with another alpha, dropout, `rslora` or
+            `init` than the file says: "file" gives it the file's, "model" keeps the model's. None lets
+            nothing differ. Other ranks need another injection: `eject` first.
         check_base: refuse a base other than the one that the file was trained on, where the file tells.
+        allow_pickle: read a PEFT folder's `adapter_model.bin` with torch's restricted unpickler, where there
+            is no `.safetensors` file. Only for files from people whom you trust.
 
     Returns:
         The model itself.
@@ -89,11 +96,13 @@ def load(
     require_unwrapped(model)
     sites = Sites(model)
     outcome = f"{str(file)!r} was not loaded and the model has not been changed"
-    with _reading(file, format, config, sites) as announced:
+    if config_from not in (None, *get_args(ConfigFrom)):
+        raise MiniLoRAError(f'config_from must be "file", "model" or None, not {config_from!r}')
+    with _reading(file, format, config, sites, allow_pickle) as announced:
         plan, injected = None, {name: site for name, site in sites.injected().items() if site.trains}
         problems = announced.disagreements(sites)
         if injected:
-            problems += _differences(announced.manifest, injected)
+            problems += differences(announced.manifest, injected, config_from)
         else:
             plan, misfits = build(announced.manifest, sites, without_values=True)
             injected = plan.sites()
@@ -113,6 +122,8 @@ def load(
         warnings.warn(note, UserWarning, stacklevel=3)
     for wrapper, state in values.items():
         wrapper.load_saved_state(state)
+    if config_from == "file":
+        take_configs(announced.manifest, injected)
     if plan is not None:
         plan.put_in_place()
     return model
@@ -130,7 +141,7 @@ def read(path: Path) -> Contents:
 
 
 def _reading(
-    path: Path, format: ReadFormat, config: LoRAConfig | None, sites: Sites
+    path: Path, format: ReadFormat, config: LoRAConfig | None, sites: Sites, allow_pickle: bool
 ) -> AbstractContextManager[Announced]:
     """Return a context with what a file announces, in whatever format.
 
@@ -149,7 +160,7 @@ def _reading(
     if format == "adapters":
         return adapters.reading(path)
     if format == "peft" or (format == "auto" and path.is_dir()):
-        return peft.reading(path, sites)
+        return peft.reading(path, sites, allow_pickle=allow_pickle)
     return native.reading(path)
 
 
@@ -233,31 +244,6 @@ def _require_same_base(recorded: Fingerprint, injected: Mapping[str, Site], outc
             )
         )
     logger.info("base of the adapter: %s", comparison)
-
-
-def _differences(manifest: Manifest, injected: Mapping[str, Site]) -> Iterator[str]:
-    """Yield how a file's injections differ from those that a model carries already."""
-    merged = [name for name, site in injected.items() if site.merged]
-    if merged:
-        yield f"{described(merged)}: merged; call minilora.unmerge(model), then load"
-    wanted, present = manifest.placed(), Manifest.of(injected).placed()
-    advice = "call minilora.eject(model) first to load this file into the base"
-    for what, names in (
-        (
-            "in the file, but not injected in the model",
-            sorted(site for site, _ in wanted.keys() - present.keys()),
-        ),
-        (
-            "injected in the model, but not in the file",
-            sorted(site for site, _ in present.keys() - wanted.keys()),
-        ),
-        (
-            "injected with another configuration than the file's",
-            sorted(key[0] for key in wanted.keys() & present.keys() if wanted[key] != present[key]),
-        ),
-    ):
-        if names:
-            yield f"{described(names)}: {what}; {advice}"
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -20,6 +20,7 @@ from ....torch_internals import own_parameters
 from ...atomic import one_at_a_time
 from ...contents import Announced
 from ...fingerprint import Fingerprint
+from ...pickles import unpickled
 from ...tensors import Entry, opened, read_json
 from .. import native
 from ..recognise import what_a_folder_is
@@ -37,13 +38,14 @@ MEANING_KEY = "minilora_config"
 
 
 @contextlib.contextmanager
-def reading(path: Path, sites: Sites | None = None) -> Iterator[Announced]:
+def reading(path: Path, sites: Sites | None = None, *, allow_pickle: bool = False) -> Iterator[Announced]:
     """Open a PEFT folder and give what it says that it holds. Inverse: `write`.
 
     Args:
         path: of the folder.
         sites: of the model that it is meant for; None goes by names and shapes, which do not tell parameters
             apart. `Announced.disagreements` checks the rest.
+        allow_pickle: read a pickle where there is no safetensors file.
 
     Raises:
         CheckpointError: listing every field and tensor that is unsound or cannot be honoured.
@@ -56,9 +58,9 @@ def reading(path: Path, sites: Sites | None = None) -> Iterator[Announced]:
         )
     with contextlib.ExitStack() as stack:
         with one_at_a_time(path):  # so that no save comes between the two files
-            config = _read_config(path)
-            file = stack.enter_context(opened(path / TENSOR_FILE))
-        yield announced(path, config, file.entries(), file.metadata(), sites)
+            config = _read_config(path, allow_pickle)
+            entries, metadata = _opened(path, stack)
+        yield announced(path, config, entries, metadata, sites)
 
 
 def announced(
@@ -123,7 +125,15 @@ def peft_tensors(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict
     return theirs | {PREFIX + within(name, wrapped): tensor for name, tensor in rest.items()}
 
 
-def _read_config(path: Path) -> PeftLoraConfig:
+def _opened(path: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return a folder's tensors and their header's metadata; a pickle, which is allowed by now, has none."""
+    if not (path / TENSOR_FILE).exists():
+        return unpickled(path / PICKLE_FILE), {}
+    file = stack.enter_context(opened(path / TENSOR_FILE))
+    return file.entries(), file.metadata()
+
+
+def _read_config(path: Path, allow_pickle: bool) -> PeftLoraConfig:
     present = {file.name for file in path.iterdir()}
     if CONFIG_FILE not in present:
         raise CheckpointError(
@@ -133,13 +143,14 @@ def _read_config(path: Path) -> PeftLoraConfig:
         config = PeftLoraConfig.from_dict(read_json(path / CONFIG_FILE))
     except CheckpointError as error:
         raise CheckpointError(f"{str(path / CONFIG_FILE)!r} cannot be honoured: {error}") from error
-    if TENSOR_FILE not in present and PICKLE_FILE in present:
+    if TENSOR_FILE not in present and PICKLE_FILE in present and not allow_pickle:
         raise CheckpointError(
             f"{str(path)!r} has its tensors as a pickle ({PICKLE_FILE!r}), which can run code when read "
-            "and is never opened here. If you trust it: safetensors.torch.save_file(torch.load("
-            f"{str(path / PICKLE_FILE)!r}, weights_only=True), {str(path / TENSOR_FILE)!r})"
+            "and is not opened here. If you trust it: minilora.load(model, folder, allow_pickle=True), or "
+            f"safetensors.torch.save_file(torch.load({str(path / PICKLE_FILE)!r}, weights_only=True), "
+            f"{str(path / TENSOR_FILE)!r})"
         )
-    if TENSOR_FILE not in present:
+    if not present & {TENSOR_FILE, PICKLE_FILE}:
         raise CheckpointError(f"{str(path)!r} has no {TENSOR_FILE!r}")
     return config
 
