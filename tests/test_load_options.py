@@ -123,3 +123,114 @@ def test_a_damaged_pickle_is_an_error(content: bytes, tmp_path: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(content)
     with pytest.raises(CheckpointError, match="no pickle of tensors alone"):
         minilora.load(MLP.build(), folder, allow_pickle=True)
+
+
+# Other names
+
+
+class Vision(nn.Module):
+    """A layer of attention, under the names of one release of a library or of the next."""
+
+    def __init__(self, old: bool) -> None:
+        super().__init__()
+        attention = nn.Module()
+        for name in ("query", "key", "value") if old else ("q_proj", "k_proj", "v_proj"):
+            attention.add_module(name, nn.Linear(8, 8))
+        block = nn.Module()
+        if old:
+            block.attention = nn.Module()
+            block.attention.attention = attention
+            self.encoder = nn.Module()
+            self.encoder.layer = nn.ModuleList([block])
+        else:
+            block.attention = attention
+            self.layers = nn.ModuleList([block])
+        self.classifier = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (m for m in self.modules() if type(m).__name__ in ("Linear", "LoRALinear")):
+            x = torch.tanh(layer(x)) if x.shape[-1] == 8 else x
+        return x
+
+
+def vision(old: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return Vision(old)
+
+
+def orphaned(folder: Path, format: Any) -> nn.Module:
+    model = minilora.inject(vision(old=True), ["query", "value"], LoRAConfig(r=2), trainable=["classifier"])
+    minilora.save(randomise(model), folder, format=format)
+    return model
+
+
+RENAME = {"encoder.layer": "layers", "attention.query": "q_proj", "attention.value": "v_proj"}
+
+
+@pytest.mark.parametrize("format", ["minilora", "peft"])
+def test_an_adapter_orphaned_by_renamed_modules(format: Any, tmp_path: Path) -> None:
+    saved = orphaned(tmp_path / "a", format)
+    model = vision()
+    with unchanged(model), pytest.raises(CheckpointError) as error:
+        minilora.load(model, tmp_path / "a")
+    assert str(error.value).endswith(f"minilora.load(..., rename={RENAME!r})")
+    minilora.load(model, tmp_path / "a", rename=RENAME)
+    x = torch.randn(2, 8)
+    assert torch.equal(model(x), saved(x))
+    minilora.load(model, tmp_path / "a", rename=RENAME)  # over the same injections
+    minilora.save(model, tmp_path / "b", format=format)  # from here on, under the new names
+    assert state(minilora.load(vision(), tmp_path / "b")) == state(model)
+    other = vision()
+    with torch.no_grad():
+        other.layers[0].attention.q_proj.weight.mul_(2)
+    with pytest.raises(CheckpointError, match=r"not the base.*'layers\.0\.attention\.q_proj'"):
+        minilora.load(other, tmp_path / "a", rename=RENAME)
+
+
+class Multimodal(nn.Module):
+    """Two towers, which transformers put into one model between two releases."""
+
+    def __init__(self, old: bool = False) -> None:
+        super().__init__()
+        towers = {"visual": nn.Linear(8, 8), "text": nn.Linear(8, 8)}
+        self.model = nn.ModuleDict({"layer": towers["text"]} if old else {})
+        if old:
+            self.visual = nn.ModuleDict({"layer": towers["visual"]})
+            return
+        self.model["visual"] = nn.ModuleDict({"layer": towers["visual"]})
+        self.model["language_model"] = nn.ModuleDict({"layer": towers["text"]})
+        self._checkpoint_conversion_mapping = {
+            "^visual": "model.visual",
+            r"^model(?!\.(language_model|visual))": "model.language_model",
+        }
+
+
+@pytest.mark.parametrize("format", ["minilora", "peft"])
+def test_a_model_says_itself_what_its_modules_were_called(format: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saved = randomise(minilora.inject(Multimodal(old=True), "layer", LoRAConfig(r=2)))
+    minilora.save(saved, tmp_path / "old", format=format)
+    torch.manual_seed(0)
+    model = minilora.load(Multimodal(), tmp_path / "old")
+    assert torch.equal(model.model.visual.layer.lora_B, saved.visual.layer.lora_B)
+    assert torch.equal(model.model.language_model.layer.lora_B, saved.model.layer.lora_B)
+    minilora.save(model, tmp_path / "new", format=format)  # whose names are the model's own
+    torch.manual_seed(0)
+    assert state(minilora.load(Multimodal(), tmp_path / "new")) == state(model)
+
+
+def test_a_renaming_that_is_none(tmp_path: Path) -> None:
+    orphaned(tmp_path / "a", "minilora")
+    model = vision()
+    for wrong in ({"query": ""}, {"query": "q_proj", "value": "q_proj"}, ["query"]):
+        with unchanged(model), pytest.raises(MiniLoRAError, match="rename maps names"):
+            minilora.load(model, tmp_path / "a", rename=wrong)  # type: ignore[arg-type]
+    with (
+        unchanged(model),
+        pytest.raises(CheckpointError, match=r"rename: none of .*quarry"),
+    ):
+        minilora.load(model, tmp_path / "a", rename={"quarry": "q_proj"})
+    plain = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    with pytest.raises(CheckpointError) as error:
+        minilora.load(plain, tmp_path / "a")
+    assert "rename=" not in str(error.value)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from ..config import Config, LoRAConfig
+from ..errors import MiniLoRAError
 from ..lora import LoRA
 from ..manifest import Manifest
 from ..names import described
@@ -20,6 +21,16 @@ ConfigFrom = Literal["file", "model"]
 
 FREE = frozenset({"alpha", "dropout", "rslora", "init", "dtype"})
 """Fields of a `LoRAConfig` that no tensor's shape depends on."""
+
+
+def require_side(config_from: object) -> None:
+    """Raise for a side that there is not.
+
+    Raises:
+        MiniLoRAError: naming the two.
+    """
+    if config_from not in (None, *get_args(ConfigFrom)):
+        raise MiniLoRAError(f'config_from must be "file", "model" or None, not {config_from!r:.100}')
 
 
 def differences(

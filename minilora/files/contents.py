@@ -7,7 +7,7 @@ Every format is read into them and written from them, so that what formats have 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -53,6 +53,25 @@ class Announced:
     """Whether the format's own library loads modules trained in full into a narrower dtype."""
     notes: tuple[str, ...] = ()
     """What a user should hear about this file, though nothing is wrong with it."""
+
+    def renamed(self, rename: Callable[[str], str]) -> Announced:
+        """Return the same for a model whose modules have other names.
+
+        What `disagreements` is asked goes on speaking of the names in the file.
+        """
+        names = {rename(name): name for name in self.entries}
+        manifest = Manifest(
+            tuple((config, tuple(map(rename, sites))) for config, sites in self.manifest.injections),
+            tuple(map(rename, self.manifest.trainable)),
+        )
+        return replace(
+            self,
+            manifest=manifest,
+            entries={new: self.entries[old] for new, old in names.items()},
+            base=None if self.base is None else self.base.renamed(rename),
+            base_values={rename(name): entry for name, entry in self.base_values.items()},
+            damage=lambda tensors: self.damage({names[new]: tensor for new, tensor in tensors.items()}),
+        )
 
     def contents(self) -> Contents:
         """Read the tensors.

@@ -7,6 +7,7 @@ that the model has a place for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import warnings
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
+from ..manifest import Manifest
 from ..module import InjectedModule, device_of
 from ..names import described, outermost_of
 from ..plan import build
@@ -27,13 +29,14 @@ from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
 from ..torch_internals import own_tensors
 from ..words import explains_foreign_words
-from .agreement import ConfigFrom, differences, take_configs
+from .agreement import ConfigFrom, differences, require_side, take_configs
 from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
 from .formats import adapters, loralib, native, peft
 from .paths import path_for
+from .renaming import Renaming, proposed
 from .saving import saved_tensors
-from .tensors import FLOAT_DTYPES, Entry, is_finite
+from .tensors import FLOAT_DTYPES, Entry, is_finite, opened
 
 ReadFormat = Literal["auto", "minilora", "peft", "loralib", "adapters"]
 
@@ -48,6 +51,7 @@ def load(
     format: ReadFormat = "auto",
     config: LoRAConfig | None = None,
     config_from: ConfigFrom | None = None,
+    rename: Mapping[str, str] | None = None,
     check_base: bool = True,
     allow_pickle: bool = False,
 ) -> nn.Module:
@@ -66,6 +70,9 @@ def load(
         config_from: for a model that carries the same injections with another alpha, dropout, `rslora` or
             `init` than the file says: "file" gives it the file's, "model" keeps the model's. None lets
             nothing differ. Other ranks need another injection: `eject` first.
+        rename: from names in the file to the model's, where modules were renamed since: {"query": "q_proj"}
+            for each run of whole segments. An error proposes one where it fits all sites. None takes what
+            a model of transformers says of itself (`_checkpoint_conversion_mapping`).
         check_base: refuse a base other than the one that the file was trained on, where the file tells.
         allow_pickle: read a PEFT folder's `adapter_model.bin` with torch's restricted unpickler, where there
             is no `.safetensors` file. Only for files from people whom you trust.
@@ -95,12 +102,17 @@ def load(
     file = path_for(path, model, call="load(model, path)")
     require_unwrapped(model)
     sites = Sites(model)
+    renaming = _renaming(rename, model, file)
+    named = sites if renaming is None else renaming.file_sites(sites)
     outcome = f"{str(file)!r} was not loaded and the model has not been changed"
-    if config_from not in (None, *get_args(ConfigFrom)):
-        raise MiniLoRAError(f'config_from must be "file", "model" or None, not {config_from!r}')
-    with _reading(file, format, config, sites, allow_pickle) as announced:
+    require_side(config_from)
+    with _reading(file, format, config, named, allow_pickle) as read_as:
+        problems, announced = read_as.disagreements(named), read_as
+        if renaming is not None:
+            announced = read_as.renamed(renaming.to_model)
+            if not renaming.changes(read_as.entries):
+                problems.append(f"rename: none of {rename!r:.200} is part of a name in the file")
         plan, injected = None, {name: site for name, site in sites.injected().items() if site.trains}
-        problems = announced.disagreements(sites)
         if injected:
             problems += differences(announced.manifest, injected, config_from)
         else:
@@ -110,7 +122,9 @@ def load(
             if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
                 problems.append("the model is on the meta device: give it its weights first, then load")
         if problems:
-            raise CheckpointError(several(problems, outcome=outcome))
+            raise CheckpointError(
+                several(problems, outcome=outcome, footer=_proposal(announced.manifest, sites))
+            )
         tensors, problems, notes = _read_values(announced, saved_tensors(injected))
         problems += _other_base_values(announced.base_values, sites)
         if problems := problems or [damage for damage in [announced.damage(tensors)] if damage]:
@@ -127,6 +141,29 @@ def load(
     if plan is not None:
         plan.put_in_place()
     return model
+
+
+def _renaming(rename: Mapping[str, str] | None, model: nn.Module, path: Path) -> Renaming | None:
+    """Return how names in a file become the model's, where they are others.
+
+    Raises:
+        MiniLoRAError: when `rename` is no mapping of names.
+    """
+    if rename is not None:
+        return Renaming.of(rename)
+    if (known := Renaming.of_model(model)) is not None:
+        with contextlib.suppress(CheckpointError, OSError), opened(peft.tensor_file(path)) as file:
+            names = [name.removeprefix(peft.PREFIX) for name in file.keys()]  # noqa: SIM118  not a dict
+            return known if known.changes(names) else None
+    return None
+
+
+def _proposal(manifest: Manifest, sites: Sites) -> str:
+    """Return the call that would load a file whose sites have other names in the model, or nothing."""
+    missing = [name for name, _ in manifest.placed() if name not in sites]
+    if not missing or not (rename := proposed(missing, sites)):
+        return ""
+    return f"Under other names the model has all of them: minilora.load(..., rename={rename!r})"
 
 
 def read(path: Path) -> Contents:

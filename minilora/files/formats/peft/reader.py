@@ -63,6 +63,11 @@ def reading(path: Path, sites: Sites | None = None, *, allow_pickle: bool = Fals
         yield announced(path, config, entries, metadata, sites)
 
 
+def tensor_file(path: Path) -> Path:
+    """Return where a PEFT folder has its tensors; of a file, itself."""
+    return path / TENSOR_FILE if path.is_dir() else path
+
+
 def announced(
     path: Path,
     config: PeftLoraConfig,
