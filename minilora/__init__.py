@@ -9,6 +9,7 @@ minilora.merge(model)                               # the base model's own speed
 """
 
 from .adapter import Adapter
+from .bank import Bank, Combination, combine
 from .config import AdapterConfig, LoRAConfig
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
 from .files.loading import load
@@ -21,14 +22,16 @@ from .merging import fuse, merge, unmerge
 from .module import InjectedModule
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
-from .training import disabled, freeze, trainable_parameters
+from .training import disabled, freeze, parameter_groups, trainable_parameters
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Bank",
     "CheckpointError",
+    "Combination",
     "FrozenStatistics",
     "InjectedModule",
     "LoRA",
@@ -42,6 +45,7 @@ __all__ = [
     "TrainableHead",
     "TrainedParameter",
     "adapter_state_dict",
+    "combine",
     "disabled",
     "eject",
     "freeze",
@@ -49,6 +53,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "parameter_groups",
     "save",
     "summary",
     "trainable_parameters",

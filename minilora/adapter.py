@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import WIDEST, AdapterConfig
+from .describing import DescribedWeight
 from .errors import MergeError, TargetError
 from .linear import linear_shape
 from .module import InjectedModule, bare_module, device_of, dtype_for, generator_for, require_called
@@ -147,7 +148,7 @@ class Adapter(InjectedModule):
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, Tensor):
             return getattr(layer, "weight")  # type: ignore[no-any-return]  # noqa: B009
-        return weight.detach().as_subclass(_DescribedWeight)
+        return weight.detach().as_subclass(_AdaptedWeight)
 
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return why an adapter has no merged form."""
@@ -174,27 +175,13 @@ class Adapter(InjectedModule):
         return self.description()
 
 
-class _DescribedWeight(Tensor):
-    """A weight that tells its dtype, device and shape, and refuses to be computed with."""
+class _AdaptedWeight(DescribedWeight):
+    """The weight of a layer with a bottleneck beside it."""
 
-    _DESCRIBING = frozenset(
-        {Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point}
-    ).union(
-        getattr(Tensor, name).__get__
-        for name in ("dtype", "device", "shape", "layout", "ndim", "requires_grad", "is_cuda", "is_meta")
+    refusal = (
+        "of a layer with a bottleneck adapter. No single weight does what the layer does: call the layer "
+        "itself, or choose another target"
     )
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in cls._DESCRIBING:
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        raise TypeError(
-            f"{getattr(func, '__name__', func)} was called on the `.weight` of a layer with a bottleneck "
-            "adapter. No single weight does what the layer does: call the layer itself, or choose another "
-            "target"
-        )
 
 
 class Widths(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from .errors import MiniLoRAError, several
 from .words import foreign_words
 
-Initialisation = Literal["kaiming", "gaussian"]
+Initialisation = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 Activation = Literal["gelu", "relu", "silu", "tanh"]
 Placement = Literal["sequential", "parallel"]
 
@@ -31,6 +31,8 @@ class Config:
 
     kind: ClassVar[str]
     """What files call a config of this class."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after the first release."""
 
     dtype: torch.dtype | str | None = None
     """dtype of the new parameters, or its name, "bfloat16". None: float32, or float64 on a float64 base."""
@@ -58,9 +60,21 @@ class Config:
                 f"not {self.dtype!r}"
             )
 
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensors of a site, below its own, as files have them."""
+        raise NotImplementedError
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values. Inverse: `from_dict`."""
+        """Return the fields as plain JSON values. Inverse: `from_dict`.
+
+        Those that came after the first release are left out where they have their default, so that an older
+        version reads what it can honour.
+        """
         fields = dataclasses.asdict(self)
+        for name in self.later:
+            if fields[name] == self.__dataclass_fields__[name].default:
+                del fields[name]
         if self.dtype is not None:
             fields["dtype"] = str(self.dtype).removeprefix("torch.")
         return fields
@@ -93,6 +107,7 @@ class LoRAConfig(Config):
     """
 
     kind: ClassVar[str] = "lora"
+    later: ClassVar[tuple[str, ...]] = ("dora",)
 
     r: int = 8
     """Rank of the update, at least 1. Above the smaller side of a layer it is honoured, with a warning."""
@@ -102,13 +117,30 @@ class LoRAConfig(Config):
     """Probability of dropping an input element on the low-rank path while training; in [0, 1]."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
+    dora: bool = False
+    """Train the norm of each output's weights beside its direction (DoRA, Liu et al. 2024,
+    https://arxiv.org/abs/2402.09353): linear layers, convolutions and embeddings."""
     init: Initialisation = "kaiming"
-    """How A is drawn: "kaiming" is U(-1/sqrt(in), 1/sqrt(in)), "gaussian" is N(0, (1/r)^2). B is zero."""
+    """How A and B begin: "kaiming" draws A from U(-1/sqrt(in), 1/sqrt(in)), "gaussian" from N(0, (1/r)^2),
+    and B is zero. "orthogonal" draws both, so that B A is zero, to rounding. "pissa" (Meng et al. 2024,
+    https://arxiv.org/abs/2404.02948) and "olora" (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775) take
+    both from the weight, and the update is the change since then."""
 
     @property
     def scaling(self) -> float:
         """The factor in W + scaling * B A."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @property
+    def begins_at_weight(self) -> bool:
+        """Whether A and B begin at A0 and B0 taken from W, and the update is the change since."""
+        return self.init in ("pissa", "olora")
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensors of a layer, as files have them."""
+        start = ("lora_A_start", "lora_B_start") if self.begins_at_weight else ()
+        return ("lora_A", "lora_B", *start, *(("lora_magnitude",) if self.dora else ()))
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
@@ -117,9 +149,14 @@ class LoRAConfig(Config):
             yield f"alpha must be a finite number, not {self.alpha!r}"
         if not _is_real(self.dropout) or not 0 <= self.dropout <= 1:
             yield f"dropout must be a number in [0, 1], not {self.dropout!r}"
-        if not isinstance(self.rslora, bool):
-            yield f"rslora must be True or False, not {self.rslora!r}"
+        for field in ("rslora", "dora"):
+            if not isinstance(value := getattr(self, field), bool):
+                yield f"{field} must be True or False, not {value!r}"
         yield from _choice("init", self.init, get_args(Initialisation))
+        if self.init == "orthogonal" and isinstance(self.r, int) and self.r % 2:
+            yield f"r must be even with init='orthogonal', which gives half to A and half to B, not {self.r}"
+        if self.init == "pissa" and _is_real(self.alpha) and self.alpha <= 0:
+            yield f"alpha must be above 0 with init='pissa', which divides by it, not {self.alpha}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +193,11 @@ class AdapterConfig(Config):
     """Factor on what the adapter adds (He et al. 2022 use 4 for the parallel form)."""
     hidden_size: int | None = None
     """Output width of the module. None: read off the module; needed where it does not tell."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensors of an adapter, as files have them."""
+        return tuple(f"adapter_{way}.{name}" for way in ("down", "up") for name in ("weight", "bias"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,16 +12,17 @@ changes nothing until a step is taken. Here the base runs its own forward with W
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import dora
 from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import effective_weight
+from .initial import change_since, initial_values
 from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
@@ -58,6 +59,9 @@ class LoRA(Mergeable):
     config: LoRAConfig
     lora_A: nn.Parameter  # (..., r, in)
     lora_B: nn.Parameter  # (..., out, r)
+    lora_A_start: nn.Parameter  # A0, frozen, where the update is the change since A0 and B0
+    lora_B_start: nn.Parameter  # B0, frozen
+    lora_magnitude: nn.Parameter  # (out,), where the config says DoRA
 
     def __init__(
         self,
@@ -94,26 +98,39 @@ class LoRA(Mergeable):
         for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
             # Registering would find the A and B of a wrapper further in, and take them for its own.
             put_parameter(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            if self.config.begins_at_weight:
+                start = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
+                put_parameter(self, f"{name}_start", start)
+        self._outputs_lie_in = dora.dimension_of_outputs(self.bare) if config.dora else None
+        if config.dora:
+            if self._outputs_lie_in is None or self.parameter != "weight":
+                raise TargetError(
+                    f"DoRA scales the outputs of a layer one by one, and {type(self.bare).__name__} is none "
+                    "that it is known for (linear layers, convolutions and embeddings, with plain weights); "
+                    "leave it out, or set dora=False"
+                )
+            magnitude = torch.empty(layout.outputs, device=device, dtype=dtype)
+            put_parameter(self, "lora_magnitude", nn.Parameter(magnitude))
         self.listen_to_state_dicts()
         self.reset_parameters(site)
 
     @torch.no_grad()
     def reset_parameters(self, site: str = "") -> None:
-        """Draw A anew, from torch's seed and the site's name, and set B to zero."""
-        nn.init.zeros_(self.lora_B)
+        """Begin anew, as `initial` says, from torch's seed and the site's name; the magnitude is W's own."""
         if self.lora_A.is_meta:
             return
-        # float32 on the CPU, so that all devices and dtypes start from one draw.
-        draw = torch.empty(self.lora_A.shape, device="cpu", dtype=torch.float32)
+        weight = own_tensors(self.bare).get(self.parameter)
         generator = generator_for(f"{site}.lora_A")
-        if self.config.init == "kaiming":
-            bound = 1 / math.sqrt(self.layout.fan_in or self.layout.inputs)
-            draw.uniform_(-bound, bound, generator=generator)
-        else:
-            draw.normal_(0.0, 1 / self.config.r, generator=generator)
+        A, B = initial_values(self.config, self.layout, weight if is_plain(weight) else None, generator)
         if isinstance(padding := getattr(self.bare, "padding_idx", None), int):
-            draw[:, padding] = 0.0  # no gradient reaches it, so its look-up stays what it is
-        self.lora_A.copy_(draw)
+            A[:, padding] = 0.0  # no gradient reaches it, so its look-up stays what it is
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        if self.config.begins_at_weight:
+            self.lora_A_start.copy_(self.lora_A)
+            self.lora_B_start.copy_(self.lora_B)
+        if self.config.dora and not self.unmerged_weight().is_meta:
+            self.lora_magnitude.copy_(self._norms(self.unmerged_weight()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with W_eff in the place of W.
@@ -123,12 +140,34 @@ class LoRA(Mergeable):
                 dropout has nothing to act on in what the base computes.
         """
         self.require_unmerged_to_train()
-        return super().forward(*args, **kwargs)
+        return self.rescaled(super().forward(*args, **kwargs))
+
+    def rescaled(self, y: Any) -> Any:
+        """Return the layer's output with each output scaled by its magnitude, where the config says DoRA."""
+        if self._outputs_lie_in is None or self.merged or not self.enabled:
+            return y
+        bias = getattr(self.bare, "bias", None)
+        factors = dora.factors(self.lora_magnitude, self._norms(self.unmerged_weight()))
+        return dora.rescaled(y, factors, bias, self._outputs_lie_in)
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        A, B = self.factors()
+        return dora.norms(weight, A, B, self.scaling, transposed=self.layout.transposed)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return what the layer computes with as A and B.
+
+        Where the update is the change since A0 and B0, these are [A; A0] and [B, -B0], of rank 2r.
+        """
+        if not self.config.begins_at_weight:
+            return self.lora_A, self.lora_B
+        return change_since(self.lora_A, self.lora_B, self.lora_A_start, self.lora_B_start)
 
     def value(self) -> EffectiveWeight:
         """Return W + s B A as a value that need not be formed."""
         transposed = self.layout.transposed
-        left, right = (self.lora_A.mT, self.lora_B.mT) if transposed else (self.lora_B, self.lora_A)
+        A, B = self.factors()
+        left, right = (A.mT, B.mT) if transposed else (B, A)
         dropout = self.config.dropout if self.training else 0.0
         return EffectiveWeight(getattr(self.bare, self.parameter), left, right, self.scaling, self, dropout)
 
@@ -159,16 +198,19 @@ class LoRA(Mergeable):
         return site if self.parameter == "weight" else f"{site}.{self.parameter}"
 
     def saved_state(self) -> dict[str, Tensor]:
-        """Return A and B, below the parameter's name unless that is "weight"."""
+        """Return A, B and what goes with them, below the parameter's name unless that is "weight"."""
         below = "" if self.parameter == "weight" else f"{self.parameter}."
-        return {f"{below}lora_A": self.lora_A, f"{below}lora_B": self.lora_B}
+        return {below + name: tensor for name, tensor in own_tensors(self).items()}
 
     def delta_weight(self) -> Tensor:
         """Return s B A, (..., out, in), in A's dtype, whatever the base's layout."""
-        return self.lora_B @ self.lora_A * self.scaling
+        A, B = self.factors()
+        return B @ A * self.scaling
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return W_eff = W + s B A in the base's layout, from the unmerged W; `functional` defines it.
+        """Return W_eff = W + s B A in the base's layout, from the unmerged W; with DoRA, that scaled.
+
+        `functional` and `dora` define them.
 
         Raises:
             MergeError: when the base's weight is quantised or otherwise not a plain tensor.
@@ -176,13 +218,22 @@ class LoRA(Mergeable):
         weight = self.unmerged_weight()
         if not is_plain(weight):
             raise MergeError(self.weight_problem())
-        A, B = self.lora_A, self.lora_B
-        return effective_weight(weight, A, B, self.scaling, transposed=self.layout.transposed, dtype=dtype)
+        (A, B), transposed = self.factors(), self.layout.transposed
+        if self.config.dora:
+            m = self.lora_magnitude
+            return dora.effective_weight(weight, A, B, self.scaling, m, transposed=transposed, dtype=dtype)
+        return effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=dtype)
 
     def reach(self) -> Tensor:
-        """Return a bound on the values of s B A: the largest sum of a row of |B|, times the largest |A|."""
-        A, B = self.lora_A.detach().double().abs(), self.lora_B.detach().double().abs()
-        return abs(self.scaling) * B.sum(-1).max() * A.max()
+        """Return a bound on the values of s B A: the largest sum of a row of |B|, times the largest |A|.
+
+        With DoRA, on those of c V - W: no value of c V exceeds the largest magnitude.
+        """
+        A, B = (factor.detach().double().abs() for factor in self.factors())
+        reach = abs(self.scaling) * B.sum(-1).max() * A.max()
+        if not self.config.dora:
+            return reach
+        return self.lora_magnitude.detach().double().abs().max() + self.unmerged_weight().abs().max().double()
 
     def substituted(self) -> Tensor:
         """Return the weight that outside code may read and compute with: what this layer applies at present.
@@ -195,12 +246,18 @@ class LoRA(Mergeable):
         """
         return self.effective_weight()
 
+    def initial_value(self, name: str, tensor: Tensor, bare: dict[str, Tensor]) -> Tensor:
+        """Keep what is trained; a magnitude that is not trained yet is that of the weight that comes."""
+        if name == "lora_magnitude" and "weight" in bare and not self.lora_B.any():
+            return self._norms(bare["weight"]).to(tensor)
+        return tensor
+
     def description(self) -> str:
         """Return the kind, rank and scale in a few words."""
         details = [f"r={self.config.r}", f"alpha={self.config.alpha:g}"]
         details += ["rslora"] if self.config.rslora else []
         details += [f"dropout={self.config.dropout:g}"] if self.config.dropout else []
-        return f"LoRA {' '.join(details)}"
+        return f"{'DoRA' if self.config.dora else 'LoRA'} {' '.join(details)}"
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows beside the name."""

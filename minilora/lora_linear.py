@@ -66,34 +66,23 @@ class LoRALinear(LoRA):
         if self.merged or not self.enabled:
             self.require_unmerged_to_train()
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
+        return self.rescaled(self._with_low_rank(*args, **kwargs))  # type: ignore[no-any-return]
+
+    def _with_low_rank(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return x (W + s B A)^T + b, in the form that is right and cheaper here."""
         if len(args) == 1 and not kwargs and self._takes_weight_form(x := args[0]):
-            weight, A, B = self.unmerged_weight(), self.lora_A, self.lora_B
-            transposed = self.layout.transposed
+            weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
             return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = args[0] if args else next(iter(kwargs.values()))
         x = F.dropout(x, self.config.dropout, self.training)
-        return add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
+        return add_low_rank(y, x, *self.factors(), self.scaling)
 
     def _takes_weight_form(self, x: Tensor) -> bool:
         """Return whether W_eff may stand for the base's own call here, and is the cheaper way."""
         if self.training and self.config.dropout:
             return False
-        # A choice by the number of tokens would be a graph for each side of it, at every layer shape.
-        if is_compiling() or x.is_nested:
-            return False
-        if not prefers_weight_form(x.numel() // self.in_features, self.out_features, self.in_features):
-            return False
-        if not computes_plainly(self.base):
-            return False
-        weight, bias = self.unmerged_weight(), self.bias
-        return (
-            # In 16 bits W_eff would round small updates away; under autocast W itself is still whole.
-            weight.dtype in (torch.float32, torch.float64)
-            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-            # The weight form has no gradient for what somebody has thawed.
-            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        )
+        return fits_weight_form(self.base, x, self.out_features, self.in_features)
 
     @property
     def weight(self) -> Tensor:
@@ -137,3 +126,29 @@ class LoRALinear(LoRA):
             f"the weight of {name}, a {type(weight).__name__}{dtype}, is not a plain floating-point tensor, "
             "so W + scaling B A cannot be formed; run it unmerged, or load the base in floating point"
         )
+
+
+def fits_weight_form(layer: nn.Module, x: Tensor, out_features: int, in_features: int) -> bool:
+    """Return whether a linear layer called with W_eff in W's place does what is meant, and more cheaply.
+
+    Args:
+        layer: unmerged.
+        x: (..., in), which it would be called with.
+        out_features: of the layer.
+        in_features: of the layer.
+    """
+    # A choice by the number of tokens would be a graph for each side of it, at every layer shape.
+    if is_compiling() or x.is_nested:
+        return False
+    if not prefers_weight_form(x.numel() // in_features, out_features, in_features):
+        return False
+    if not computes_plainly(layer):
+        return False
+    weight, bias = own_tensors(layer)["weight"], own_tensors(layer).get("bias")
+    return (
+        # In 16 bits W_eff would round small updates away; under autocast W itself is still whole.
+        weight.dtype in (torch.float32, torch.float64)
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+        # The weight form has no gradient for what somebody has thawed.
+        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    )

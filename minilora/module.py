@@ -120,6 +120,14 @@ class InjectedModule(nn.Module):
                 state |= child.state_dict(prefix=f"{name}.", keep_vars=True)
         return state
 
+    def save_problem(self) -> str | None:
+        """Return why `minilora.save` cannot write what is trained here, or None when it can."""
+        return None
+
+    def parameter_count(self) -> int:
+        """Return how many parameters the injection added here."""
+        return sum(value.numel() for value in self.saved_state().values() if isinstance(value, nn.Parameter))
+
     def signed_weight(self) -> Tensor | str | None:
         """Return the weight of the base by which a file knows the base again.
 

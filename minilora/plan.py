@@ -114,7 +114,7 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
     default = device_of(sites.model)
     for config, names in sorted(manifest.injections, key=lambda entry: WRAPPERS[entry[0].kind].position):
         for name in names:
-            problem = _missing(name, sites, problems) or _taken(sites[name], config, sites, plan)
+            problem = _missing(name, sites) or _taken(sites[name], config, sites, plan)
             if problem:
                 problems.add(name, problem)
                 continue
@@ -158,12 +158,16 @@ def runs_its_own_code(linear: nn.Module) -> bool:
     return plain_weight(linear) is not None and not on_the_instance and call_problem(linear) is not None
 
 
-def _missing(name: str, sites: Sites, problems: Problems) -> str | None:
+def meant_instead(names: list[str], sites: Sites) -> str:
+    """Return the name in the model that is nearest to the first of some that it has not, as a hint."""
+    near = nearest(names[0], sites, limit=1) if names[0] not in sites else []
+    return f"; nearest: {near[0]!r}" if near else ""
+
+
+def _missing(name: str, sites: Sites) -> str | None:
     """Return why nothing can be put at a name on this model, or None."""
     if name not in sites:
-        # Comparing names is slow, and after a few hints the next ones tell nothing new.
-        near = nearest(name, sites, limit=1) if len(problems) < 8 else []
-        return "the model has no such module or parameter" + (f"; nearest: {near[0]!r}" if near else "")
+        return "the model has no such module or parameter"
     if not sites[name].owner:
         return (
             "is a parameter of the model itself, which nothing stands around: put the model in another, "
@@ -224,7 +228,7 @@ def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> li
     overlaps = _overlaps(manifest, sites)
     found = []
     for name, count in Counter(manifest.trainable).items():
-        if problem := _missing(name, sites, problems):
+        if problem := _missing(name, sites):
             problems.add(name, f"to be trained in full, but {problem}")
         elif problem := (
             ("listed twice to be trained in full" if count > 1 else overlaps.get(name))

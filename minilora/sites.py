@@ -9,6 +9,7 @@ Names are those of the bare model, so they are the same before and after an inje
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -149,6 +150,12 @@ class Sites(Mapping[str, Site]):
             if again not in first
             for name in (again, self.first_name(site))
         }
+
+    def bare(self) -> Sites:
+        """Return the same places, as if nothing stood around any of them."""
+        without = copy.copy(self)
+        without._by_name = {name: replace(site, wrappers=()) for name, site in self._by_name.items()}
+        return without
 
     def injected(self) -> dict[str, Site]:
         """Return the sites that carry wrappers."""

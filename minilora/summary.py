@@ -112,12 +112,7 @@ def summary(model: nn.Module) -> Summary:
             sites=sites,
             count=len(members),
             description=description,
-            parameters=sum(
-                tensor.numel()
-                for member in members
-                for tensor in member.saved_state().values()
-                if isinstance(tensor, nn.Parameter)
-            ),
+            parameters=sum(member.parameter_count() for member in members),
             state=state,
         )
         for (sites, description, state), members in groups.items()

@@ -117,6 +117,14 @@ def is_shard(tensor: Tensor) -> bool:
     return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
 
 
+def in_backward() -> bool:
+    """Return whether this thread computes gradients at present, as when a checkpoint computes a block again.
+
+    torch does so for a GPU in threads of its own, which know nothing of a thread-local.
+    """
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def is_compiling() -> bool:
     """Return whether `torch.compile` or `torch.export` is tracing."""
     return torch.compiler.is_compiling()

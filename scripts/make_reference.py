@@ -13,9 +13,13 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
 ROOMS = {
     "Injecting": ["inject", "eject", "LoRAConfig", "AdapterConfig"],
-    "Training": ["freeze", "trainable_parameters", "disabled", "summary", "Summary", "SummaryRow"],
+    "Training": [
+        *("freeze", "trainable_parameters", "parameter_groups", "disabled"),
+        *("summary", "Summary", "SummaryRow"),
+    ],
     "Merging": ["merge", "unmerge", "fuse"],
     "Files": ["save", "load", "adapter_state_dict"],
+    "Many adapters": ["Bank", "combine", "Combination"],
     "What stands in a model": [
         *("InjectedModule", "LoRA", "LoRALinear", "Adapter"),
         *("TrainableHead", "TrainedParameter", "FrozenStatistics"),

@@ -15,20 +15,21 @@ PACKAGE = Path(minilora.__file__).parent
 
 # The core from the ground up: a module may import what stands in the lines above its own, and nothing else.
 CORE = [
-    ["errors", "functional", "torch_internals"],
+    ["describing", "errors", "functional", "torch_internals"],
     ["names", "words"],
     ["config", "problems"],
     ["linear"],
     ["module"],
-    ["adapter", "frozen", "layout", "sites", "view"],
-    ["mergeable", "targets", "trained", "training", "weight"],
+    ["adapter", "dora", "frozen", "layout", "sites", "view"],
+    ["initial", "mergeable", "targets", "trained", "weight"],
     ["lora"],
-    ["lora_linear", "manifest"],
+    ["lora_linear", "manifest", "training"],
     ["plan", "summary"],
     ["inject", "merging"],
 ]
-# On the core stands the room of files, on both the package's public face, and on that the command line.
-ROOMS = ["files", "cli"]
+# On the core stands the room of files, on that the room of banks, on both the package's public face, and on
+# that the command line.
+ROOMS = ["files", "bank", "cli"]
 DOORS = ["__init__", "__main__"]
 
 
@@ -69,7 +70,8 @@ def room_of(name):
 def floors(names):
     """Return the floor of each module: the core's one by one, then rooms and doors in turn."""
     floor = {name: level for level, names in enumerate(CORE) for name in names}
-    above = {"files": len(CORE), "__init__": len(CORE) + 1, "cli": len(CORE) + 2, "__main__": len(CORE) + 3}
+    order = ["files", "bank", "__init__", "cli", "__main__"]
+    above = {name: len(CORE) + level for level, name in enumerate(order)}
     return floor | {name: above[room_of(name) or name] for name in names if name not in floor}
 
 
@@ -138,7 +140,7 @@ def code_lines(source):
 def test_the_core_can_be_read_in_one_sitting():
     """All but the rooms."""
     core = {name: path.read_text() for name, path in modules().items() if not room_of(name)}
-    assert sum(map(code_lines, core.values())) < 2700
+    assert sum(map(code_lines, core.values())) < 2800
     assert code_lines('"""Said."""\n\n# said\nx = 1\n\ndef f():\n    """Said."""\n    return x\n') == 3
 
 

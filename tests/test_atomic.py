@@ -307,6 +307,38 @@ def test_a_save_that_begins_amid_another_keeps_the_modes(
 
 
 @posix
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a device, a pipe or a socket; name a file"):
+        write_whole(tmp_path / "pipe", [b"new"])
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@posix
+def test_a_save_waits_for_the_one_that_has_just_made_the_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which gives up the folder first, and each of the files a moment later."""
+    if atomic.fcntl is None:
+        pytest.skip("needs locks")
+    pause, waits = time.sleep, threading.Event()
+
+    def sleep(seconds: float) -> None:
+        if threading.current_thread().name == "second":
+            waits.set()
+        pause(seconds)
+
+    monkeypatch.setattr(atomic.time, "sleep", sleep)
+    second = threading.Thread(target=write_together, args=(folder, NEW), name="second")
+    with atomic._locked(folder / "tensors"):
+        second.start()
+        assert waits.wait(60)
+    second.join()
+    assert contents(folder) == {"tensors": b"new tensors", "config": b"new config", "other": b"other"}
+
+
+@posix
 def test_two_saves_into_one_folder_come_one_after_the_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

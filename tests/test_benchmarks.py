@@ -384,6 +384,21 @@ def test_overhead(script, tmp_path, monkeypatch):
         assert (row["not_measured"] is None) == installed(name), row
 
 
+def test_many_adapters(script, tmp_path):
+    many = script("many_adapters")
+    prefill, decode, operations = run(many, tmp_path / "result.json", "--adapters", "2")
+    for table in (prefill, decode):
+        rows = rows_of(table)
+        assert list(rows) == [(point, name) for point in (1, 2) for name in many.SERVERS]
+        for (_, name), row in rows.items():
+            assert (row["not_measured"] is None) == installed(name), row
+    expected = [(o, n) for o in ("load", "remove", "switch") for n in ("minilora bank", "PEFT")]
+    rows = rows_of(operations)
+    assert set(rows) - {(o, "PEFT") for o, _ in expected} >= {(o, n) for o, n in expected if n != "PEFT"}
+    assert ("switch", "minilora merged") in rows
+    assert list(many.points(256)) == [1, 4, 16, 64, 256]
+
+
 def test_profile_step(script, capsys):
     script("profile_step").main(["--quick", "--layers", "1", "--rows", "3"])
     title, _, header, _, *lines = capsys.readouterr().out.splitlines()

@@ -269,8 +269,8 @@ ALTERED = {
     "sites no names": (site(0, 3), "no list of names"),
     "trainable no list": (say(trainable="classifier"), "no list of names"),
     "unknown field": (
-        field(dora=True),
-        "(?s)config in the header is not valid: .*LoRAConfig has no argument 'dora'",
+        field(vera=True),
+        "(?s)config in the header is not valid: .*LoRAConfig has no argument 'vera'",
     ),
     "bad field": (field(r=0), "r must be an int from 1 to"),
     "huge number": (field(alpha=10**400), "alpha must be a finite number"),

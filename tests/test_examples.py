@@ -62,7 +62,9 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def forget_the_examples() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("finetune", "sst2", "imdb")]:
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] in ("finetune", "sst2", "imdb", "many")
+    ]:
         del sys.modules[name]
 
 
@@ -177,6 +179,31 @@ def test_end_to_end(
     modules = [m for m in model.modules() if isinstance(m, minilora.InjectedModule)]
     assert {module.kind for module in modules} == kinds | {"trainable"}
     assert minilora.summary(model).trainable == metrics["parameters"]["trainable"]
+
+
+def test_three_adapters_side_by_side(
+    example: Callable[[str], ModuleType], tiny_bert: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "results"
+    run = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--lr", "0.01", "--output", str(folder)]
+    assert example("many").main(run) == 0
+    out = capsys.readouterr().out
+    names = {"small": 2, "medium": 4, "large": 8}
+    assert {file.name for file in folder.iterdir()} == {"metrics.json", *(f"{n}.safetensors" for n in names)}
+    for name, adapter in read_metrics(folder)["adapters"].items():
+        assert adapter["rank"] == names[name]
+        assert 0 <= adapter["held_out"]["accuracy"] <= 1
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+        minilora.load(model, folder / f"{name}.safetensors")
+        layer = model.bert.encoder.layer[0].attention.self.query
+        assert layer.config.r == names[name]
+        assert layer.lora_B.any()
+        assert f"{name:8} rank {names[name]}: accuracy" in out
+    assert (
+        len(re.findall(r"^  (small|medium|large|the base) +(negative|positive) 0\.", out, re.MULTILINE)) == 5
+    )
+    assert (EXAMPLES / "many.py").read_text(encoding="utf-8").count("\n") <= 150
+    assert example("many").main(run) == 2  # results are not overwritten unasked
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -28,6 +28,9 @@ from torch import nn
 import minilora
 from minilora import AdapterConfig, LoRAConfig, TargetError
 from minilora.frozen import keeps_statistics
+from minilora.manifest import Manifest
+from minilora.plan import build, meant_instead
+from minilora.sites import Sites
 
 
 def adapter_targets(case):
@@ -606,6 +609,13 @@ def many(n):
     )
 
 
+def misfits(model, names):
+    """Return what `load` says of a file with LoRA at these sites."""
+    sites = Sites(model)
+    _, problems = build(Manifest(((LoRAConfig(r=2), tuple(names)),), ()), sites)
+    return problems.lines(lambda names: meant_instead(names, sites))
+
+
 def of_kind(kind):
     return lambda name, module: isinstance(module, kind)
 
@@ -623,6 +633,7 @@ WORK = {
     "every trained norm is a site": lambda n: minilora.inject(
         many(n), of_kind(nn.LayerNorm), AdapterConfig(bottleneck=2), trainable=of_kind(nn.LayerNorm)
     ),
+    "a file is of a model of other names": lambda n: misfits(many(n), [f"zzz.{i}.0" for i in range(n)]),
     "every site is there already": lambda n: minilora.inject(
         minilora.inject(many(n), "all-linear", LoRAConfig(r=2)), "all-linear", LoRAConfig(r=2)
     ),

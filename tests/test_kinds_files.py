@@ -63,7 +63,13 @@ def write_base(model: nn.Module, folder: Path) -> Path:
 @pytest.fixture
 def adapted(tmp_path: Path) -> nn.Module:
     write_base(zoo(), tmp_path / "base")
-    model = minilora.inject(zoo(), TARGETS + EXPERTS, LoRAConfig(r=2), trainable=FULL)
+    configs = {
+        ("embedding", "conv"): LoRAConfig(r=2, dora=True),
+        ("bilinear", "in_proj_weight", "experts.down", "experts_in_out.up"): LoRAConfig(r=2, init="pissa"),
+    }
+    variants = {target: config for targets, config in configs.items() for target in targets}
+    others = {target: LoRAConfig(r=2) for target in TARGETS + EXPERTS}
+    model = minilora.inject(zoo(), TARGETS + EXPERTS, variants | others, trainable=FULL)
     minilora.save(randomise(model), tmp_path / "a.safetensors")
     return model
 

@@ -227,7 +227,7 @@ def test_a_renaming_that_is_none(tmp_path: Path) -> None:
             minilora.load(model, tmp_path / "a", rename=wrong)  # type: ignore[arg-type]
     with (
         unchanged(model),
-        pytest.raises(CheckpointError, match=r"rename: none of .*quarry"),
+        pytest.raises(CheckpointError, match="rename: it changes none"),
     ):
         minilora.load(model, tmp_path / "a", rename={"quarry": "q_proj"})
     plain = nn.ModuleDict({"a": nn.Linear(4, 4)})

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import shutil
+import threading
 import warnings
 
 import pytest
@@ -24,6 +25,7 @@ from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
+from minilora.torch_internals import in_backward
 
 NO_GRAD = {
     "no_grad": torch.no_grad,
@@ -383,3 +385,37 @@ def test_nothing_warns(case, tmp_path):
         minilora.load(model, tmp_path / "a.safetensors")
         if case.name not in ("tied", "t5", "gpt2"):  # whose fused heads are no longer tied
             minilora.fuse(model, skip_adapters=True)
+
+
+def test_gradients_are_known_to_be_computed():
+    """`in_backward`, by which a bank knows a checkpoint's second forward."""
+    from torch.utils.checkpoint import checkpoint
+
+    seen = []
+
+    def double(x):
+        seen.append(in_backward())
+        return (x * 2).tanh()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(double, x, use_reentrant=False).sum().backward()
+    assert seen == [False, True]
+    assert not in_backward()
+
+
+def test_compiled_code_sees_what_a_thread_local_holds():
+    """An attribute that is set in `__init__`; one found on the class first is taken for a constant."""
+
+    class Choice(threading.local):
+        def __init__(self):
+            self.value = None
+
+    choice = Choice()
+
+    def compute(x):
+        return x if choice.value is None else x * choice.value
+
+    compiled = torch.compile(compute, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(1)) == 1
+    choice.value = torch.full((1,), 3.0)
+    assert compiled(torch.ones(1)) == 3

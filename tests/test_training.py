@@ -226,6 +226,40 @@ def test_a_trainer_that_never_asks_for_the_parameters_cannot_train_a_merged_mode
     optimizer.step()
 
 
+def test_parameter_groups_of_lora_plus():
+    """B learns faster, vectors are not decayed, and every trained parameter is in one group."""
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "head": nn.Linear(8, 2)})
+    minilora.inject(model, "body.0", LoRAConfig(r=2, dora=True), trainable=["head", "body.1.bias"])
+    groups = minilora.parameter_groups(model, lr=0.1, weight_decay=0.5, lora_plus_ratio=4)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    found = {
+        (group["lr"], group["weight_decay"]): {name_of[id(p)] for p in group["params"]} for group in groups
+    }
+    assert found == {
+        (0.1, 0.5): {"body.0.lora_A", "head.trained.weight"},
+        (0.4, 0.5): {"body.0.lora_B"},
+        (0.1, 0.0): {"body.0.lora_magnitude", "body.1.trained", "head.trained.bias"},
+    }
+    assert sum(len(group["params"]) for group in groups) == len(minilora.trainable_parameters(model))
+    optimizer = torch.optim.SGD(groups)
+    before = model["body"][0].lora_B.detach().clone()
+    model["head"](model["body"](torch.randn(3, 8))).sum().backward()
+    gradient = model["body"][0].lora_B.grad.clone()
+    optimizer.step()
+    assert_equal_to_rounding(model["body"][0].lora_B.detach(), before - 0.4 * (gradient + 0.5 * before))
+
+
+def test_parameter_groups_refuse_what_is_no_rate_and_what_does_not_train():
+    model = minilora.inject(MLP(), "up")
+    with pytest.raises(MiniLoRAError, match="3 problems") as caught:
+        minilora.parameter_groups(model, lr=-1.0, weight_decay="x", lora_plus_ratio=float("nan"))
+    assert all(name in str(caught.value) for name in ("lr", "weight_decay", "lora_plus_ratio"))
+    with pytest.raises(MiniLoRAError, match="merged"):
+        minilora.parameter_groups(minilora.merge(model), lr=0.1)
+    with pytest.raises(MiniLoRAError, match="no parameter"):
+        minilora.parameter_groups(MLP().requires_grad_(False), lr=0.1)
+
+
 def test_a_tied_weight_is_reached_once():
     """One matrix of (11, 16) under two names, one of them with LoRA, beside another of (16, 16)."""
     model = minilora.inject(CASES["tied"].build(), "head")

@@ -66,6 +66,16 @@ SHAPES = {
         num_attention_heads=2,
         intermediate_size=128,
     ),
+    "llama-135m": _llama(  # the sizes of SmolLM 135M
+        "llama-tiny",
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+    ),
     "llama-1b": _llama(  # the sizes of Llama 3.2 1B: 1.24 billion parameters
         "llama-tiny",
         vocab_size=128_256,

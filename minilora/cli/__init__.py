@@ -1,4 +1,4 @@
-"""The command line: look at adapter files, compare, check, convert and fuse them. No model is built.
+"""The command line: look at adapter files, compare, check, convert, combine and fuse them. No model is built.
 
 commands.py             `main`, and what each command prints
 arguments.py            what the command line takes, its help, and the exit codes

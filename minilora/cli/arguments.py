@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser; the command's name is in `command`, None where there was none."""
     main = argparse.ArgumentParser(
         prog="minilora",
-        description="Look at adapter files, compare, check, convert and fuse them. No model is built.",
+        description="Look at adapter files, compare, check, convert, combine and fuse them; without a model.",
         epilog=EXIT_CODES + "\nminilora COMMAND --help shows an example of each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -90,6 +90,24 @@ def parser() -> argparse.ArgumentParser:
         "target", type=Path, metavar="OUT", help="a file or a folder that does not exist yet"
     )
     command.add_argument("--to", choices=("peft", "minilora"), required=True, help="the new format")
+
+    command = _command(
+        commands,
+        "combine",
+        "write the weighted sum of several adapters as one",
+        "exit codes: 0, done; 2, an error, and nothing was written",
+        "minilora combine legal.safetensors formal.safetensors --weights 0.7 0.3 --out both.safetensors",
+    )
+    command.add_argument("adapters", type=Path, nargs="+", metavar="FILE", help=ADAPTER)
+    command.add_argument(
+        "--weights", type=float, nargs="+", required=True, metavar="W", help="a number for each file"
+    )
+    command.add_argument("--out", type=Path, required=True, help="a file or a folder that does not exist yet")
+    command.add_argument("--r", type=int, help="the largest rank of the result (default: the sum of all)")
+    command.add_argument(
+        "--heads", type=Path, metavar="FILE", help="whose modules trained in full are taken, if any has some"
+    )
+    command.add_argument("--to", choices=("minilora", "peft"), default="minilora", help="the format")
 
     command = _command(
         commands,

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..bank import combine
 from ..errors import CheckpointError, MiniLoRAError
 from ..files.contents import Contents
 from ..files.formats import native, peft
@@ -108,6 +109,30 @@ def _convert(arguments: argparse.Namespace) -> Exit:
     return Exit.DONE
 
 
+def _combine(arguments: argparse.Namespace) -> Exit:
+    files, weights = arguments.adapters, arguments.weights
+    if len(files) != len(weights):
+        raise MiniLoRAError(f"--weights has {len(weights)} numbers for {len(files)} files: give one for each")
+    if len({path.resolve() for path in files}) != len(files):
+        raise MiniLoRAError("a file is given twice: add its weights up")
+    if arguments.out.exists():
+        raise CheckpointError(
+            f"{str(arguments.out)!r} exists already; choose another name, or remove it first"
+        )
+    made = combine(
+        dict(zip(files, weights, strict=True)),
+        arguments.out,
+        r=arguments.r,
+        heads=arguments.heads,
+        format=arguments.to,
+    )
+    ranks = sorted(set(made.ranks.values()))
+    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    name = terminal.plain(made.path)
+    terminal.show(f"{name}: {len(made.ranks)} sites, {shown}, lost: {100 * made.loss:.3g} % of the update")
+    return Exit.DONE
+
+
 def _fuse(arguments: argparse.Namespace) -> Exit:
     fuse_files(
         BaseFiles.open(arguments.base),
@@ -125,6 +150,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Exit]] = {
     "verify": _verify,
     "diff": _diff,
     "convert": _convert,
+    "combine": _combine,
     "fuse": _fuse,
 }
 

@@ -14,10 +14,11 @@ from ..adapter import Adapter
 from ..config import Config, LoRAConfig
 from ..errors import quoted
 from ..files.contents import Contents
+from ..initial import change_since
 from ..lora import LoRA
 from ..names import outermost_of
 from ..trained import TrainableHead
-from .updates import LowRank, Update, Values
+from .updates import LowRank, Rescaled, Update, Values
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Inventory:
         missing: list[str] = []
         for config, sites in contents.manifest.injections:
             for site in sites:
-                keys = {key: f"{site}.{key}" for key in KINDS[config.kind].keys}
+                keys = {key: f"{site}.{key}" for key in config.tensor_names}
                 missing += [full for full in keys.values() if full not in contents.tensors]
                 own = {key: contents.tensors[full] for key, full in keys.items() if full in contents.tensors}
                 parts[site, config.kind] = Part(site, config.kind, config, own)
@@ -99,19 +100,27 @@ class Kind:
     """What the command line knows of a kind of injection."""
 
     title: str
-    keys: tuple[str, ...]
-    """The tensors of a site, by their names below it; empty where a module brings names of its own."""
     update: Callable[[Part], Update | None]
 
 
-def _low_rank(part: Part) -> LowRank | None:
-    A, B, config = part.tensors.get("lora_A"), part.tensors.get("lora_B"), part.config
-    if A is None or B is None or min(A.ndim, B.ndim) < 2:
-        return None
-    if A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
-        return None
+def _low_rank(part: Part) -> LowRank | Rescaled | None:
+    tensors, config = part.tensors, part.config
     assert isinstance(config, LoRAConfig)  # a manifest keeps kinds and configs together
-    return LowRank(A, B, config.scaling)
+    if not tensors.keys() >= set(config.tensor_names):
+        return None
+    A, B = tensors["lora_A"], tensors["lora_B"]
+    if min(A.ndim, B.ndim) < 2 or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
+        return None
+    if config.begins_at_weight:
+        A0, B0 = tensors["lora_A_start"], tensors["lora_B_start"]
+        if (A0.shape, B0.shape) != (A.shape, B.shape):
+            return None
+        A, B = change_since(A, B, A0, B0)
+    low_rank = LowRank(A, B, config.scaling)
+    if not config.dora:
+        return low_rank
+    m = tensors["lora_magnitude"]
+    return Rescaled(low_rank, m) if m.shape == low_rank.shape[:-1] else None
 
 
 def _values(part: Part) -> Values:
@@ -119,12 +128,8 @@ def _values(part: Part) -> Values:
 
 
 KINDS: dict[str, Kind] = {
-    LoRA.kind: Kind("LoRA", ("lora_A", "lora_B"), _low_rank),
-    Adapter.kind: Kind(
-        "bottleneck adapter",
-        ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias"),
-        _values,
-    ),
-    TrainableHead.kind: Kind("trained in full", (), _values),
+    LoRA.kind: Kind("LoRA", _low_rank),
+    Adapter.kind: Kind("bottleneck adapter", _values),
+    TrainableHead.kind: Kind("trained in full", _values),
 }
 """By the kind's name in files."""

@@ -25,7 +25,7 @@ from ..plan import WRAPPERS
 from ..problems import Problems
 from .base_files import BaseFiles
 from .inventory import Inventory, Part
-from .updates import LowRank
+from .updates import LowRank, Rescaled
 
 
 class MisfitError(CheckpointError):
@@ -36,7 +36,7 @@ class MisfitError(CheckpointError):
 class Placement:
     """How an adapter lies on a base's files."""
 
-    updates: Mapping[str, LowRank]
+    updates: Mapping[str, LowRank | Rescaled]
     """What is added to the weight at each LoRA site."""
     weights: Mapping[str, str]
     """The name in the files of the weight at each site; LoRA sites all have one."""
@@ -227,11 +227,11 @@ def _add_missing(found: Found, sites: list[str], base: BaseFiles, problems: Prob
             problems.add(site, text)
 
 
-def _updates(loras: Mapping[str, Part], problems: Problems) -> dict[str, LowRank]:
-    updates: dict[str, LowRank] = {}
+def _updates(loras: Mapping[str, Part], problems: Problems) -> dict[str, LowRank | Rescaled]:
+    updates: dict[str, LowRank | Rescaled] = {}
     for site, part in loras.items():
         update = part.update()
-        if isinstance(update, LowRank):
+        if isinstance(update, (LowRank, Rescaled)):
             updates[site] = update
         else:
             problems.add(site, "the file has no A and B of one rank for it")
@@ -239,7 +239,7 @@ def _updates(loras: Mapping[str, Part], problems: Problems) -> dict[str, LowRank
 
 
 def _transposed(
-    updates: Mapping[str, LowRank],
+    updates: Mapping[str, LowRank | Rescaled],
     weights: Mapping[str, str],
     contents: Contents,
     base: BaseFiles,

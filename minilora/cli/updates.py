@@ -1,6 +1,7 @@
 """What is trained at one place, as something with a size that can be subtracted.
 
 LowRank    s B A, what a LoRA layer adds to its weight: two pairs of A and B may say the same
+Rescaled   c (W + s B A), what DoRA makes of a weight: not a sum, since c depends on W
 Values     the numbers themselves, of what has no such sum: a bottleneck, a module trained in full
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import dora
 from ..functional import effective_weight
 
 
@@ -88,7 +90,41 @@ class Values:
         return Values({key: t.double() - other.tensors[key].double() for key, t in self.tensors.items()})
 
 
-Update = LowRank | Values
+@dataclass(frozen=True)
+class Rescaled:
+    """c (W + s B A) in the place of W; its size and its difference from another are those of the tensors."""
+
+    low_rank: LowRank
+    magnitude: Tensor  # (out,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.low_rank.shape
+
+    def fits(self, weight: tuple[int, ...], *, transposed: bool) -> bool:
+        """Return whether a weight of this shape can take it in."""
+        return self.low_rank.fits(weight, transposed=transposed)
+
+    def norm(self) -> float:
+        """Return the Euclidean norm of the tensors, in float64."""
+        return self._values().norm()
+
+    def minus(self, other: Update) -> Values | None:
+        """Return the difference of the tensors; None where the shapes differ."""
+        return self._values().minus(other._values()) if isinstance(other, Rescaled) else None
+
+    def added_to(self, weight: Tensor, *, transposed: bool, dtype: torch.dtype) -> Tensor:
+        """Return W_eff = c (W + s B A) in the weight's layout, rounded once to `dtype`."""
+        A, B, s = self.low_rank.A, self.low_rank.B, self.low_rank.scaling
+        return dora.effective_weight(weight, A, B, s, self.magnitude, transposed=transposed, dtype=dtype)
+
+    def _values(self) -> Values:
+        scaled = self.low_rank.scaling * self.low_rank.B.double()
+        return Values({"A": self.low_rank.A, "B": scaled, "m": self.magnitude})
+
+
+Update = LowRank | Rescaled | Values
 
 
 def _shapes(values: Values) -> dict[str, torch.Size]:

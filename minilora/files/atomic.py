@@ -78,7 +78,8 @@ def write_together(folder: Path, files: Mapping[str, Chunks]) -> None:
         stack.enter_context(one_at_a_time(folder))
         old = {target: _beside(target) for target in new if target.exists()}
         for target in old:
-            stack.enter_context(_locked(target))  # so that nobody takes it for a leftover
+            # So that nobody takes it for a leftover. The save that made it may hold it for a moment more.
+            stack.enter_context(_locked(target, PATIENCE))
         put: list[Path] = []
         try:
             for target in reversed(old):
@@ -180,6 +181,7 @@ def _mode(target: Path) -> int | None:
 
     Raises:
         IsADirectoryError: when it is a folder.
+        OSError: when it is no file of any kind, but a device or the like.
     """
     try:
         mode = target.stat().st_mode
@@ -187,6 +189,8 @@ def _mode(target: Path) -> int | None:
         return None
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     return stat.S_IMODE(mode)
 
 
@@ -262,6 +266,8 @@ def _errors_name(path: Path) -> Iterator[None]:
             text = f"nothing was written: there is no folder {str(folder)!r}; make it first"
         elif number == errno.EISDIR:
             text = "nothing was written: it is a folder; name a file in it"
+        elif number == errno.EINVAL:
+            text = "nothing was written: it is a device, a pipe or a socket; name a file"
         else:
             text = f"nothing was written, and what was there still is: {os.strerror(number)}"
         raise OSError(number, text, str(path)) from error

@@ -7,12 +7,12 @@ that the model has a place for.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,19 +24,19 @@ from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..manifest import Manifest
 from ..module import InjectedModule, device_of
 from ..names import described, outermost_of
-from ..plan import build
+from ..plan import Plan, build, meant_instead
 from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
-from ..torch_internals import own_tensors
 from ..words import explains_foreign_words
 from .agreement import ConfigFrom, differences, require_side, take_configs
+from .base_values import other_base_values
 from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
 from .formats import adapters, loralib, native, peft
 from .paths import path_for
-from .renaming import Renaming, proposed
+from .renaming import proposal, renaming_for
 from .saving import saved_tensors
-from .tensors import FLOAT_DTYPES, Entry, is_finite, opened
+from .tensors import FLOAT_DTYPES, is_finite
 
 ReadFormat = Literal["auto", "minilora", "peft", "loralib", "adapters"]
 
@@ -102,68 +102,108 @@ def load(
     file = path_for(path, model, call="load(model, path)")
     require_unwrapped(model)
     sites = Sites(model)
-    renaming = _renaming(rename, model, file)
-    named = sites if renaming is None else renaming.file_sites(sites)
+    injected = {name: site for name, site in sites.injected().items() if site.trains}
     outcome = f"{str(file)!r} was not loaded and the model has not been changed"
+    fitted = fit(
+        file,
+        sites,
+        injected,
+        format=format,
+        config=config,
+        config_from=config_from,
+        rename=rename,
+        check_base=check_base,
+        allow_pickle=allow_pickle,
+        outcome=outcome,
+    )
+    values = _on_their_devices(fitted.tensors, fitted.injected, device_of(model))
+    for note in fitted.notes:  # before anything changes: a warning may be turned into an error
+        warnings.warn(note, UserWarning, stacklevel=3)
+    for wrapper, state in values.items():
+        wrapper.load_saved_state(state)
+    if config_from == "file":
+        take_configs(fitted.manifest, fitted.injected)
+    if fitted.plan is not None:
+        fitted.plan.put_in_place()
+    return model
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a file holds, read and found to fit a model, which has not been changed yet."""
+
+    manifest: Manifest
+    """What stands where, by the model's names."""
+    tensors: Mapping[str, Tensor]
+    """By the names that a file uses; on the CPU."""
+    injected: Mapping[str, Site]
+    """The sites that they belong to, with wrappers that are there already, or that the plan brings."""
+    plan: Plan | None
+    """New wrappers, without values; None where the model has them already."""
+    notes: tuple[str, ...] = ()
+    """What a user should hear."""
+
+
+def fit(
+    file: Path,
+    sites: Sites,
+    injected: Mapping[str, Site],
+    *,
+    format: ReadFormat = "auto",
+    config: LoRAConfig | None = None,
+    config_from: ConfigFrom | None = None,
+    rename: Mapping[str, str] | None = None,
+    check_base: bool = True,
+    allow_pickle: bool = False,
+    outcome: str,
+) -> Fitted:
+    """Read a file and check it against a model, all that `load` does before it changes anything.
+
+    Args:
+        file: as `load` takes it.
+        sites: of the model.
+        injected: the sites whose wrappers shall take the values; empty for new wrappers.
+        format: as `load` takes it.
+        config: as `load` takes it.
+        config_from: as `load` takes it.
+        rename: as `load` takes it.
+        check_base: as `load` takes it.
+        allow_pickle: as `load` takes it.
+        outcome: what became of the work, for the errors.
+
+    Raises:
+        CheckpointError: listing everything that is wrong.
+        MiniLoRAError: when an argument is wrong.
+        OSError: when there is no such file, or it cannot be read.
+    """
     require_side(config_from)
-    with _reading(file, format, config, named, allow_pickle) as read_as:
-        problems, announced = read_as.disagreements(named), read_as
+    renaming = renaming_for(rename, sites.model, file)
+    named = sites if renaming is None else renaming.file_sites(sites)
+    with _reading(file, format, config, named, allow_pickle) as announced:
+        plan: Plan | None = None
+        problems = announced.disagreements(named)
         if renaming is not None:
-            announced = read_as.renamed(renaming.to_model)
-            if not renaming.changes(read_as.entries):
-                problems.append(f"rename: none of {rename!r:.200} is part of a name in the file")
-        plan, injected = None, {name: site for name, site in sites.injected().items() if site.trains}
+            problems += renaming.problems(announced.entries)
+            announced = announced.renamed(renaming.to_model)  # noqa: PLW2901  the same file
         if injected:
             problems += differences(announced.manifest, injected, config_from)
         else:
             plan, misfits = build(announced.manifest, sites, without_values=True)
             injected = plan.sites()
-            problems += misfits.lines()
+            problems += misfits.lines(lambda names: meant_instead(names, sites))
+            model = sites.model
             if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
                 problems.append("the model is on the meta device: give it its weights first, then load")
         if problems:
-            raise CheckpointError(
-                several(problems, outcome=outcome, footer=_proposal(announced.manifest, sites))
-            )
+            footer = proposal([name for name, _ in announced.manifest.placed()], sites)
+            raise CheckpointError(several(problems, outcome=outcome, footer=footer))
         tensors, problems, notes = _read_values(announced, saved_tensors(injected))
-        problems += _other_base_values(announced.base_values, sites)
+        problems += other_base_values(announced.base_values, sites)
         if problems := problems or [damage for damage in [announced.damage(tensors)] if damage]:
             raise CheckpointError(several(problems, outcome=outcome))
     if check_base and announced.base is not None:
         _require_same_base(announced.base, injected, outcome)
-    values = _on_their_devices(tensors, injected, device_of(model))
-    for note in (*announced.notes, *notes):  # before anything changes: a warning may be turned into an error
-        warnings.warn(note, UserWarning, stacklevel=3)
-    for wrapper, state in values.items():
-        wrapper.load_saved_state(state)
-    if config_from == "file":
-        take_configs(announced.manifest, injected)
-    if plan is not None:
-        plan.put_in_place()
-    return model
-
-
-def _renaming(rename: Mapping[str, str] | None, model: nn.Module, path: Path) -> Renaming | None:
-    """Return how names in a file become the model's, where they are others.
-
-    Raises:
-        MiniLoRAError: when `rename` is no mapping of names.
-    """
-    if rename is not None:
-        return Renaming.of(rename)
-    if (known := Renaming.of_model(model)) is not None:
-        with contextlib.suppress(CheckpointError, OSError), opened(peft.tensor_file(path)) as file:
-            names = [name.removeprefix(peft.PREFIX) for name in file.keys()]  # noqa: SIM118  not a dict
-            return known if known.changes(names) else None
-    return None
-
-
-def _proposal(manifest: Manifest, sites: Sites) -> str:
-    """Return the call that would load a file whose sites have other names in the model, or nothing."""
-    missing = [name for name, _ in manifest.placed() if name not in sites]
-    if not missing or not (rename := proposed(missing, sites)):
-        return ""
-    return f"Under other names the model has all of them: minilora.load(..., rename={rename!r})"
+    return Fitted(announced.manifest, tensors, injected, plan, (*announced.notes, *notes))
 
 
 def read(path: Path) -> Contents:
@@ -238,31 +278,6 @@ def _read_values(
         if not is_finite(tensors[key]):
             misfits.add(key, "not finite")
     return tensors, problems + misfits.lines(), rounded.lines()
-
-
-def _other_base_values(entries: Mapping[str, Entry], sites: Sites) -> list[str]:
-    """Return which tensors of the base a file holds that the model lacks, or has other values of."""
-    others = Problems()
-    for name, entry in entries.items():
-        owner, _, leaf = name.rpartition(".")
-        bare = sites[owner].bare if owner in sites else sites.model if not owner else None
-        tensor = own_tensors(bare).get(leaf) if bare is not None else None
-        if tensor is None:
-            others.add(name, "neither LoRA nor part of a module that is trained in full, nor of the base")
-        elif entry.shape != tuple(tensor.shape):
-            others.add(
-                name,
-                f"a weight of the base, {entry.shape} in the file and {tuple(tensor.shape)} here; was the "
-                "vocabulary resized? Resize the model's first",
-            )
-        elif not torch.equal(entry.read().to(tensor.dtype), tensor.detach().cpu()):
-            others.add(
-                name,
-                "neither LoRA nor part of a module that is trained in full, but a weight of the base with "
-                "other values than the model's, which `load` does not replace; if the file is right, copy "
-                "them into the model first",
-            )
-    return others.lines()
 
 
 def _require_same_base(recorded: Fingerprint, injected: Mapping[str, Site], outcome: str) -> None:

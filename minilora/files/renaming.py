@@ -7,18 +7,22 @@ rename          {"encoder.layer": "layers", "attention.query": "q_proj"}
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
-from ..errors import MiniLoRAError
+from ..errors import CheckpointError, MiniLoRAError
 from ..names import described, generic
 from ..sites import Sites
 from ..torch_internals import own_parameters
+from .formats import peft
+from .tensors import opened
 
 Segments = tuple[str, ...]
 
@@ -79,9 +83,41 @@ class Renaming:
             )
         return Sites(sites.model, naming=self.to_file)
 
+    def problems(self, names: Iterable[str]) -> list[str]:
+        """Return that no name in a file is another in the model, where that is so."""
+        return [] if self.changes(names) else ["rename: it changes none of the names in the file"]
+
     def changes(self, names: Iterable[str]) -> bool:
         """Return whether any of some names in a file is another in the model."""
         return any(self.to_model(name) != name for name in names)
+
+
+def renaming_for(rename: Mapping[str, str] | None, model: nn.Module, path: Path) -> Renaming | None:
+    """Return how the names in a file become a model's, where they are others.
+
+    Args:
+        rename: what the caller says; None asks the model itself.
+        model: that the file is for.
+        path: of the file or folder.
+
+    Raises:
+        MiniLoRAError: when `rename` is no mapping of names.
+    """
+    if rename is not None:
+        return Renaming.of(rename)
+    if (known := Renaming.of_model(model)) is not None:
+        with contextlib.suppress(CheckpointError, OSError), opened(peft.tensor_file(path)) as file:
+            names = [name.removeprefix(peft.PREFIX) for name in file.keys()]  # noqa: SIM118  not a dict
+            return known if known.changes(names) else None
+    return None
+
+
+def proposal(names: Iterable[str], sites: Sites) -> str:
+    """Return the call that loads a file whose names the model lacks, or nothing."""
+    missing = [name for name in names if name not in sites]
+    if not missing or not (rename := proposed(missing, sites)):
+        return ""
+    return f"Under other names the model has all of them: minilora.load(..., rename={rename!r})"
 
 
 def proposed(missing: Iterable[str], sites: Sites) -> dict[str, str]:

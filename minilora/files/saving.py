@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(minilora.adapter_state_dict(model))
         ['0.lora_A', '0.lora_B']
     """
-    return {key: tensor.detach() for key, tensor in saved_tensors(require_injected(model)).items()}
+    return {key: tensor.detach() for key, tensor in saved_tensors(_saveable(require_injected(model))).items()}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat = "minilora") -> None:
@@ -75,11 +76,37 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     target = path_for(path, model, call="save(model, path)")
-    if format not in get_args(WriteFormat):
-        raise MiniLoRAError(f"format must be one of {quoted(get_args(WriteFormat))}, not {format!r}")
+    require_format(format)
     require_unwrapped(model)
     sites = Sites(model)
-    injected = sites.injected() or require_injected(model)
+    injected = _saveable(sites.injected() or require_injected(model))
+    contents = contents_of(injected)
+    if thawed := thawed_parameters(model, added_tensors(injected)):
+        warnings.warn(
+            f"{described(thawed)}: trained, but not saved, since no injection brought it. Name its module in "
+            "inject(..., trainable=[...]), or freeze it: minilora.freeze(model)",
+            UserWarning,
+            stacklevel=2,
+        )
+    write(target, contents, sites, format)
+
+
+def require_format(format: str) -> None:
+    """Raise for a format that is not written.
+
+    Raises:
+        MiniLoRAError: naming those that are.
+    """
+    if format not in get_args(WriteFormat):
+        raise MiniLoRAError(f"format must be one of {quoted(get_args(WriteFormat))}, not {format!r}")
+
+
+def contents_of(injected: Mapping[str, Site]) -> Contents:
+    """Return what some wrappers hold, for a file.
+
+    Raises:
+        CheckpointError: when a tensor is not finite, or has no values (meta).
+    """
     tensors = {key: tensor.detach() for key, tensor in saved_tensors(injected).items()}
     problems = Problems()
     for key, tensor in tensors.items():
@@ -89,18 +116,42 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
             problems.add(key, "not finite")
     if problems:
         raise CheckpointError(several(problems.lines(), outcome="nothing has been written"))
-    if thawed := thawed_parameters(model, added_tensors(injected)):
-        warnings.warn(
-            f"{described(thawed)}: trained, but not saved, since no injection brought it. Name its module in "
-            "inject(..., trainable=[...]), or freeze it: minilora.freeze(model)",
-            UserWarning,
-            stacklevel=2,
-        )
-    contents = Contents(Manifest.of(injected), tensors, base=Fingerprint.of(injected))
+    return Contents(Manifest.of(injected), tensors, base=Fingerprint.of(injected))
+
+
+def write(target: Path, contents: Contents, sites: Sites | None, format: WriteFormat) -> None:
+    """Write a file in one of the formats.
+
+    Args:
+        target: as `save` takes it.
+        contents: of the file.
+        sites: of the model, if there is one, by which PEFT's names are chosen.
+        format: as `save` takes it.
+
+    Raises:
+        CheckpointError: when the format cannot express what there is; nothing is written.
+        OSError: when the file cannot be written.
+    """
     if format == "peft":
         peft.write(target, contents, sites)
     else:
         native.write(target, contents)
+
+
+def _saveable(injected: dict[str, Site]) -> dict[str, Site]:
+    """Return some sites, or raise where what is trained at one of them has no place in a file of its own.
+
+    Raises:
+        MiniLoRAError: naming the sites, with what to write instead.
+    """
+    problems = Problems()
+    for name, site in injected.items():
+        for wrapper in site.wrappers:
+            if problem := wrapper.save_problem():
+                problems.add(name, problem)
+    if problems:
+        raise MiniLoRAError(several(problems.lines(), outcome="nothing has been written"))
+    return injected
 
 
 def saved_tensors(injected: Mapping[str, Site]) -> dict[str, Tensor]:
