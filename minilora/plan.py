@@ -139,7 +139,7 @@ def _wrapper(base: nn.Module, config: Config, site: Site, device: torch.device) 
             raise TargetError("is a parameter, and a bottleneck adapter goes around a module")
         return Adapter(base, config, site=site.name, device=device)
     assert isinstance(config, LoRAConfig)
-    if site.parameter is None and linear_shape(site.bare) and not _runs_its_own_code(site.bare):
+    if site.parameter is None and linear_shape(site.bare) and not runs_its_own_code(site.bare):
         return LoRALinear(base, config, site=site.name, device=device)
     parameter = site.parameter or "weight"
     if own_parameters(site.bare).get(parameter) is None:
@@ -149,7 +149,7 @@ def _wrapper(base: nn.Module, config: Config, site: Site, device: torch.device) 
     return LoRA(base, config, site=site.name, device=device, parameter=parameter)
 
 
-def _runs_its_own_code(linear: nn.Module) -> bool:
+def runs_its_own_code(linear: nn.Module) -> bool:
     """Return whether a linear layer's class computes something else from its weight than F.linear does.
 
     Where hooks or a forward on the instance do, the layer is called as it is, and cannot be merged.

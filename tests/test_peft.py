@@ -230,16 +230,6 @@ def test_a_config_of_few_words(tmp_path: Path) -> None:
     torch.testing.assert_close(by_minilora("bert", tmp_path), expected, **EXACT)
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_bias_is_honoured_where_there_is_none_and_refused_where_there_is(bias: str, tmp_path: Path) -> None:
-    expected = trained_by_peft("llama", tmp_path / "llama", r=4, target_modules=["q_proj"], bias=bias)
-    torch.testing.assert_close(by_minilora("llama", tmp_path / "llama"), expected, **EXACT)
-    trained_by_peft("bert", tmp_path / "bert", r=4, target_modules=["query"], bias=bias)
-    model = fresh("bert")
-    with unchanged(model), pytest.raises(CheckpointError, match=r"trained bias .*bias='none'"):
-        minilora.load(model, tmp_path / "bert")
-
-
 def test_adapters_in_the_precision_of_the_base(tmp_path: Path) -> None:
     case = CASES["bert"]
     for dtype, tolerance in ((torch.float32, SINGLE), (torch.bfloat16, {"rtol": 0.0, "atol": 2e-2})):
@@ -273,7 +263,7 @@ def test_a_double_precision_adapter_keeps_its_bits(tmp_path: Path) -> None:
     [
         ("use_dora", True),
         ("lora_bias", True),
-        ("target_parameters", ["experts.up"]),
+        ("target_parameters", "experts.up"),
         ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 1]]),
         ("megatron_config", {"a": 1}),
@@ -333,17 +323,6 @@ def test_other_methods_are_refused(kind: str | None, tmp_path: Path) -> None:
     edit(tmp_path, peft_type=kind)
     with pytest.raises(CheckpointError, match=kind or "no peft_type"):
         minilora.load(fresh("bert"), tmp_path)
-
-
-def test_embeddings_and_convolutions_are_refused(tmp_path: Path) -> None:
-    trained_by_peft(
-        "gpt2", tmp_path / "embedding", r=4, target_modules=["wpe", "c_attn"], fan_in_fan_out=True
-    )
-    with pytest.raises(CheckpointError, match=r"wpe.*LoRA on an embedding"):
-        minilora.load(fresh("gpt2"), tmp_path / "embedding")
-    trained_by_peft("vit", tmp_path / "conv", r=4, target_modules=["projection", "fc1"])
-    with pytest.raises(CheckpointError, match=r"projection.*convolutions"):
-        minilora.load(fresh("vit"), tmp_path / "conv")
 
 
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
@@ -408,7 +387,7 @@ def test_tensors_and_config_must_say_the_same(tmp_path: Path) -> None:
         r"missing from the file: 'classifier\.bias'": {
             k: t for k, t in good.items() if "classifier.bias" not in k
         },
-        r"base_model\.model\.bert\.pooler\.dense\.weight'.*neither LoRA": {
+        r"'bert\.pooler\.dense\.weight': neither LoRA.*a weight of the base with other values": {
             **good,
             "base_model.model.bert.pooler.dense.weight": torch.zeros(16, 16),
         },

@@ -266,31 +266,6 @@ def test_modules_that_only_a_wildcard_takes_for_a_head(tmp_path: Path) -> None:
         minilora.save(model, tmp_path / "a", format="peft")
 
 
-class Kinds(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.conv = nn.Linear(8, 8), nn.Conv2d(3, 8, 3)
-        self.embedding, self.attention = nn.Embedding(9, 8), nn.MultiheadAttention(8, 2)
-
-
-@pytest.mark.parametrize("target", ["conv", "embedding", "attention.in_proj_weight"])
-def test_lora_on_other_kinds_of_layers_is_refused(target: str, tmp_path: Path) -> None:
-    """PEFT lays A and B out in other ways there, or has no name for the parameter."""
-    model = minilora.inject(Kinds(), ["linear", target], LoRAConfig(r=2))
-    with pytest.raises(CheckpointError, match=rf"'{re.escape(target)}': PEFT's layout for LoRA on"):
-        minilora.save(model, tmp_path / "a", format="peft")
-    minilora.save(model, tmp_path / "b")
-    minilora.save(minilora.inject(Kinds(), "linear", LoRAConfig(r=2)), tmp_path / "a", format="peft")
-    file = tmp_path / "a" / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    for name, tensor in minilora.adapter_state_dict(model).items():
-        tensors.setdefault(f"base_model.model.{name}.weight", tensor)
-    safetensors.torch.save_file(tensors, file)
-    edit(tmp_path / "a", target_modules=["linear", target])
-    with pytest.raises(CheckpointError, match=rf"'{re.escape(target)}': LoRA on what is no linear layer"):
-        minilora.load(Kinds(), tmp_path / "a")
-
-
 # The card
 
 

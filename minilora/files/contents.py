@@ -7,7 +7,7 @@ Every format is read into them and written from them, so that what formats have 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -43,6 +43,8 @@ class Announced:
     """The tensors, by the names that they have in `Contents`."""
     base: Fingerprint | None = None
     """Of the base that it was trained on; None where the file says nothing about it."""
+    base_values: Mapping[str, Entry] = field(default_factory=dict)
+    """Tensors of the base itself, which are not the adapter's: the model must have the same values there."""
     disagreements: Callable[[Sites], list[str]] = lambda sites: []
     """What else the file says of the model that it belongs to, and this model contradicts."""
     damage: Callable[[Mapping[str, Tensor]], str | None] = lambda tensors: None
@@ -51,6 +53,25 @@ class Announced:
     """Whether the format's own library loads modules trained in full into a narrower dtype."""
     notes: tuple[str, ...] = ()
     """What a user should hear about this file, though nothing is wrong with it."""
+
+    def renamed(self, rename: Callable[[str], str]) -> Announced:
+        """Return the same for a model whose modules have other names.
+
+        What `disagreements` is asked goes on speaking of the names in the file.
+        """
+        names = {rename(name): name for name in self.entries}
+        manifest = Manifest(
+            tuple((config, tuple(map(rename, sites))) for config, sites in self.manifest.injections),
+            tuple(map(rename, self.manifest.trainable)),
+        )
+        return replace(
+            self,
+            manifest=manifest,
+            entries={new: self.entries[old] for new, old in names.items()},
+            base=None if self.base is None else self.base.renamed(rename),
+            base_values={rename(name): entry for name, entry in self.base_values.items()},
+            damage=lambda tensors: self.damage({names[new]: tensor for new, tensor in tensors.items()}),
+        )
 
     def contents(self) -> Contents:
         """Read the tensors.
@@ -62,4 +83,9 @@ class Announced:
         if strays := [key for key in self.entries if outermost_of(key, known) is None]:
             raise CheckpointError(f"in the file, but called for by nothing: {described(strays)}")
         tensors = {name: entry.read() for name, entry in self.entries.items()}
-        return Contents(self.manifest, tensors, self.base, self.damage(tensors), self.notes)
+        notes = list(self.notes)
+        if self.base_values:
+            notes.append(
+                f"it holds weights of its base, which were not compared: {described(self.base_values)}"
+            )
+        return Contents(self.manifest, tensors, self.base, self.damage(tensors), tuple(notes))

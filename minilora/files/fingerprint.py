@@ -13,7 +13,7 @@ that spacing; in one and the same dtype they must agree to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +158,15 @@ class Fingerprint:
                 elif weight is not None:
                     signatures[name] = Signature.of(weight)
         return cls(signatures, unchecked, layers=layers, transposed=frozenset(transposed))
+
+    def renamed(self, rename: Callable[[str], str]) -> Fingerprint:
+        """Return the same for a model whose modules have other names."""
+        return Fingerprint(
+            {rename(site): signature for site, signature in self.signatures.items()},
+            {rename(site): reason for site, reason in self.unchecked.items()},
+            frozenset(map(rename, self.transposed)),
+            {rename(site): kind for site, kind in self.layers.items()},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values. Inverse: `from_dict`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,13 @@ from ..plan import Plan, build, meant_instead
 from ..problems import Problems
 from ..sites import Site, Sites, require_unwrapped
 from ..words import explains_foreign_words
+from .agreement import ConfigFrom, differences, require_side, take_configs
+from .base_values import other_base_values
 from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
 from .formats import adapters, loralib, native, peft
 from .paths import path_for
+from .renaming import proposal, renaming_for
 from .saving import saved_tensors
 from .tensors import FLOAT_DTYPES, is_finite
 
@@ -47,7 +50,10 @@ def load(
     *,
     format: ReadFormat = "auto",
     config: LoRAConfig | None = None,
+    config_from: ConfigFrom | None = None,
+    rename: Mapping[str, str] | None = None,
     check_base: bool = True,
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """Inject what a file describes and give it the file's values. Inverse: `save`.
 
@@ -61,7 +67,15 @@ def load(
             `.safetensors` file of `loralib.lora_state_dict(model)`, with or without a task head; "adapters"
             a folder that the adapters library saved for a BERT, with `use_safetensors=True`.
         config: for "loralib" alone, whose files hold neither r nor alpha.
+        config_from: for a model that carries the same injections with another alpha, dropout, `rslora` or
+            `init` than the file says: "file" gives it the file's, "model" keeps the model's. None lets
+            nothing differ. Other ranks need another injection: `eject` first.
+        rename: from names in the file to the model's, where modules were renamed since: {"query": "q_proj"}
+            for each run of whole segments. An error proposes one where it fits all sites. None takes what
+            a model of transformers says of itself (`_checkpoint_conversion_mapping`).
         check_base: refuse a base other than the one that the file was trained on, where the file tells.
+        allow_pickle: read a PEFT folder's `adapter_model.bin` with torch's restricted unpickler, where there
+            is no `.safetensors` file. Only for files from people whom you trust.
 
     Returns:
         The model itself.
@@ -90,12 +104,25 @@ def load(
     sites = Sites(model)
     injected = {name: site for name, site in sites.injected().items() if site.trains}
     outcome = f"{str(file)!r} was not loaded and the model has not been changed"
-    fitted = fit(file, sites, injected, format=format, config=config, check_base=check_base, outcome=outcome)
+    fitted = fit(
+        file,
+        sites,
+        injected,
+        format=format,
+        config=config,
+        config_from=config_from,
+        rename=rename,
+        check_base=check_base,
+        allow_pickle=allow_pickle,
+        outcome=outcome,
+    )
     values = _on_their_devices(fitted.tensors, fitted.injected, device_of(model))
     for note in fitted.notes:  # before anything changes: a warning may be turned into an error
         warnings.warn(note, UserWarning, stacklevel=3)
     for wrapper, state in values.items():
         wrapper.load_saved_state(state)
+    if config_from == "file":
+        take_configs(fitted.manifest, fitted.injected)
     if fitted.plan is not None:
         fitted.plan.put_in_place()
     return model
@@ -105,6 +132,8 @@ def load(
 class Fitted:
     """What a file holds, read and found to fit a model, which has not been changed yet."""
 
+    manifest: Manifest
+    """What stands where, by the model's names."""
     tensors: Mapping[str, Tensor]
     """By the names that a file uses; on the CPU."""
     injected: Mapping[str, Site]
@@ -122,7 +151,10 @@ def fit(
     *,
     format: ReadFormat = "auto",
     config: LoRAConfig | None = None,
+    config_from: ConfigFrom | None = None,
+    rename: Mapping[str, str] | None = None,
     check_base: bool = True,
+    allow_pickle: bool = False,
     outcome: str,
 ) -> Fitted:
     """Read a file and check it against a model, all that `load` does before it changes anything.
@@ -133,7 +165,10 @@ def fit(
         injected: the sites whose wrappers shall take the values; empty for new wrappers.
         format: as `load` takes it.
         config: as `load` takes it.
+        config_from: as `load` takes it.
+        rename: as `load` takes it.
         check_base: as `load` takes it.
+        allow_pickle: as `load` takes it.
         outcome: what became of the work, for the errors.
 
     Raises:
@@ -141,11 +176,17 @@ def fit(
         MiniLoRAError: when an argument is wrong.
         OSError: when there is no such file, or it cannot be read.
     """
-    with _reading(file, format, config, sites) as announced:
+    require_side(config_from)
+    renaming = renaming_for(rename, sites.model, file)
+    named = sites if renaming is None else renaming.file_sites(sites)
+    with _reading(file, format, config, named, allow_pickle) as announced:
         plan: Plan | None = None
-        problems = announced.disagreements(sites)
+        problems = announced.disagreements(named)
+        if renaming is not None:
+            problems += renaming.problems(announced.entries)
+            announced = announced.renamed(renaming.to_model)  # noqa: PLW2901  the same file
         if injected:
-            problems += _differences(announced.manifest, injected)
+            problems += differences(announced.manifest, injected, config_from)
         else:
             plan, misfits = build(announced.manifest, sites, without_values=True)
             injected = plan.sites()
@@ -154,13 +195,15 @@ def fit(
             if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
                 problems.append("the model is on the meta device: give it its weights first, then load")
         if problems:
-            raise CheckpointError(several(problems, outcome=outcome))
+            footer = proposal([name for name, _ in announced.manifest.placed()], sites)
+            raise CheckpointError(several(problems, outcome=outcome, footer=footer))
         tensors, problems, notes = _read_values(announced, saved_tensors(injected))
+        problems += other_base_values(announced.base_values, sites)
         if problems := problems or [damage for damage in [announced.damage(tensors)] if damage]:
             raise CheckpointError(several(problems, outcome=outcome))
     if check_base and announced.base is not None:
         _require_same_base(announced.base, injected, outcome)
-    return Fitted(tensors, injected, plan, (*announced.notes, *notes))
+    return Fitted(announced.manifest, tensors, injected, plan, (*announced.notes, *notes))
 
 
 def read(path: Path) -> Contents:
@@ -175,7 +218,7 @@ def read(path: Path) -> Contents:
 
 
 def _reading(
-    path: Path, format: ReadFormat, config: LoRAConfig | None, sites: Sites
+    path: Path, format: ReadFormat, config: LoRAConfig | None, sites: Sites, allow_pickle: bool
 ) -> AbstractContextManager[Announced]:
     """Return a context with what a file announces, in whatever format.
 
@@ -194,7 +237,7 @@ def _reading(
     if format == "adapters":
         return adapters.reading(path)
     if format == "peft" or (format == "auto" and path.is_dir()):
-        return peft.reading(path)
+        return peft.reading(path, sites, allow_pickle=allow_pickle)
     return native.reading(path)
 
 
@@ -253,31 +296,6 @@ def _require_same_base(recorded: Fingerprint, injected: Mapping[str, Site], outc
             )
         )
     logger.info("base of the adapter: %s", comparison)
-
-
-def _differences(manifest: Manifest, injected: Mapping[str, Site]) -> Iterator[str]:
-    """Yield how a file's injections differ from those that a model carries already."""
-    merged = [name for name, site in injected.items() if site.merged]
-    if merged:
-        yield f"{described(merged)}: merged; call minilora.unmerge(model), then load"
-    wanted, present = manifest.placed(), Manifest.of(injected).placed()
-    advice = "call minilora.eject(model) first to load this file into the base"
-    for what, names in (
-        (
-            "in the file, but not injected in the model",
-            sorted(site for site, _ in wanted.keys() - present.keys()),
-        ),
-        (
-            "injected in the model, but not in the file",
-            sorted(site for site, _ in present.keys() - wanted.keys()),
-        ),
-        (
-            "injected with another configuration than the file's",
-            sorted(key[0] for key in wanted.keys() & present.keys() if wanted[key] != present[key]),
-        ),
-    ):
-        if names:
-            yield f"{described(names)}: {what}; {advice}"
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

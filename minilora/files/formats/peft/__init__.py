@@ -21,7 +21,8 @@ card.py       README.md
 """
 
 from .config import CONFIG_FILE
-from .reader import TENSOR_FILE, reading
+from .keys import PREFIX
+from .reader import TENSOR_FILE, reading, tensor_file
 from .writer import write
 
-__all__ = ["CONFIG_FILE", "TENSOR_FILE", "reading", "write"]
+__all__ = ["CONFIG_FILE", "PREFIX", "TENSOR_FILE", "reading", "tensor_file", "write"]

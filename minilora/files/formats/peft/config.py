@@ -14,8 +14,10 @@ from torch import nn
 
 from ....errors import CheckpointError, several
 from ....linear import linear_shape
+from ....names import ends, ends_with
 from ....sites import Sites
 from ....targets import ALL_LINEAR, output_embedding
+from ....torch_internals import own_parameters
 from . import matching
 from .fields import Fields
 from .matching import Expressions, LooseEnds, NameMatch, PatternValues
@@ -31,7 +33,6 @@ INFORMATIVE = frozenset(
         "inference_mode",
         "megatron_core",  # goes with megatron_config, which is refused
         "peft_type",
-        "peft_version",
         "qalora_group_size",  # goes with use_qalora, which is refused
         "revision",
         "runtime_config",
@@ -42,7 +43,6 @@ INFORMATIVE = frozenset(
 REASONS = {
     "use_dora": "DoRA rescales the weight itself, which minilora does not do yet",
     "lora_bias": "a bias beside lora_B is not part of minilora's LoRA",
-    "target_parameters": "LoRA on bare parameters, such as fused experts, is not supported yet",
     "trainable_token_indices": "training single rows of an embedding is not supported",
     "layer_replication": "it changes the architecture of the base",
     "megatron_config": "Megatron's parallel layers are not supported",
@@ -88,6 +88,10 @@ class PeftLoraConfig:
     modules_to_save: tuple[str, ...]
     """With those that PEFT adds for the task."""
     task_type: str | None
+    target_parameters: tuple[str, ...]
+    """Parameters that LoRA is on, by their full names or whole-segment suffixes of them."""
+    peft_version: str | None
+    """Of the PEFT that wrote the file; since 0.18."""
 
     @classmethod
     def from_dict(cls, value: object) -> PeftLoraConfig:
@@ -121,9 +125,11 @@ class PeftLoraConfig:
             layers_pattern=fields.expressions("layers_pattern", matching.around_layers),
             modules_to_save=tuple(dict.fromkeys(to_save)),
             task_type=task,
+            target_parameters=fields.names("target_parameters"),
+            peft_version=fields.optional_text("peft_version"),
         )
         problems = fields.problems
-        if not config.target_modules:
+        if not config.target_modules and not config.target_parameters:
             problems.append(
                 "target_modules: it is empty, and what PEFT would choose then depends on its version; list "
                 "the modules"
@@ -161,6 +167,23 @@ class PeftLoraConfig:
         names = names or self._targeted
         return names.lists(name) or (names(name) and (not self.layers_to_transform or self._in_layers(name)))
 
+    def targets_parameter(self, name: str) -> bool:
+        """Return whether the config targets a parameter of that full name, whatever excludes modules."""
+        return not self._parameters.isdisjoint(ends(name)) and "." in name
+
+    def parameters_of(self, module: str, bare: nn.Module | None) -> tuple[str, ...]:
+        """Return which of a module's own parameters the config targets, in the module's order.
+
+        Args:
+            module: its name.
+            bare: itself; None goes by the names that the config has.
+        """
+        if bare is not None:
+            owned = [name for name, parameter in own_parameters(bare).items() if parameter is not None]
+            return tuple(name for name in owned if self.targets_parameter(f"{module}.{name}"))
+        split = (target.rpartition(".") for target in self.target_parameters)
+        return tuple(leaf for owner, _, leaf in split if not owner or ends_with(module, owner))
+
     def saves(self, name: str) -> bool:
         """Return whether PEFT trains a module of that name in full."""
         return bool(self._saved.of(name))
@@ -170,18 +193,24 @@ class PeftLoraConfig:
         names = NameMatch(self._all_linear(sites)) if self.names_all_linear() else None
         return {site.name for site in sites.unique() if self.targets(site.name, names)}
 
+    def parameter_sites(self, sites: Sites) -> set[str]:
+        """Return the parameters of a model that the config targets, by their full names."""
+        if not self.target_parameters:
+            return set()
+        return {site.name for site in sites.parameters() if self.targets_parameter(site.name)}
+
     def saved_modules(self, sites: Sites) -> set[str]:
         """Return the modules of a model that PEFT trains in full, those without any tensor left out."""
         return {
             name for name, site in sites.items() if self.saves(name) and site.bare.state_dict(keep_vars=True)
         }
 
-    def meaning(self, sites: Iterable[str]) -> str:
-        """Return a digest of what the config says of some sites: rank, alpha, dropout, and how alpha scales.
+    def meaning(self, targets: Iterable[str]) -> str:
+        """Return a digest of what the config says of targets: rank, alpha, dropout, and how alpha scales.
 
         However it says it: an edit of the patterns that comes to the same has the same digest.
         """
-        each = [[site, self.rank_of(site), float(self.alpha_of(site))] for site in sorted(sites)]
+        each = [[name, self.rank_of(name), float(self.alpha_of(name))] for name in sorted(targets)]
         said = json.dumps([each, float(self.lora_dropout), self.use_rslora])
         return hashlib.sha256(said.encode()).hexdigest()
 
@@ -196,6 +225,10 @@ class PeftLoraConfig:
     @cached_property
     def _targeted(self) -> NameMatch:
         return NameMatch(self.target_modules)
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(self.target_parameters)
 
     @cached_property
     def _excluded(self) -> NameMatch:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,49 +12,40 @@ from torch import Tensor
 
 from ....config import LoRAConfig
 from ....errors import CheckpointError, MiniLoRAError, quoted, several
-from ....linear import linear_shape
 from ....manifest import Manifest, grouped
-from ....names import above, described, ends, natural
+from ....names import above, described, ends, natural, outermost_of
 from ....problems import Problems
 from ....sites import Sites
+from ....torch_internals import own_parameters
 from ...atomic import one_at_a_time
 from ...contents import Announced
 from ...fingerprint import Fingerprint
+from ...pickles import unpickled
 from ...tensors import Entry, opened, read_json
 from .. import native
 from ..recognise import what_a_folder_is
 from .config import CONFIG_FILE, PeftLoraConfig
+from .keys import PREFIX, Found, sorted_out
+from .places import WITHOUT_DROPOUT, Place, within, wrappers_of
+from .resolve import resolve
+from .versions import times_added_at_out_proj
 
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-PREFIX = "base_model.model."
 
 MEANING_KEY = "minilora_config"
 """In the tensors' header: what the config beside them means, so that no other takes its place unseen."""
 
-# What other endings of a key give away, the first that fits.
-FOREIGN_KEYS = (
-    (r"\.lora_embedding_[AB]$", "LoRA on an embedding is not supported yet"),
-    (r"\.lora_magnitude_vector(\.weight)?$", "DoRA is not supported yet"),
-    (r"\.lora_B\.bias$", "a bias beside lora_B is not part of minilora's LoRA"),
-    (r"\.lora_[AB]\..+\.weight$", "the key carries an adapter's name, which PEFT leaves out when it saves"),
-    (
-        r"\.bias$",
-        "a trained bias of the base, which minilora does not write to (bias='all' or 'lora_only' in the "
-        "config): merge the adapter with PEFT, or train it with bias='none'",
-    ),
-    (r"embed", "a whole embedding was saved (was the vocabulary resized?): minilora does not replace it"),
-)
-
-Pairs = dict[str, dict[str, Entry]]
-Heads = dict[str, dict[str, Entry]]
-
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[Announced]:
+def reading(path: Path, sites: Sites | None = None, *, allow_pickle: bool = False) -> Iterator[Announced]:
     """Open a PEFT folder and give what it says that it holds. Inverse: `write`.
 
-    The modules' own names are all that is known of the model; `Announced.disagreements` checks the rest.
+    Args:
+        path: of the folder.
+        sites: of the model that it is meant for; None goes by names and shapes, which do not tell parameters
+            apart. `Announced.disagreements` checks the rest.
+        allow_pickle: read a pickle where there is no safetensors file.
 
     Raises:
         CheckpointError: listing every field and tensor that is unsound or cannot be honoured.
@@ -68,13 +58,22 @@ def reading(path: Path) -> Iterator[Announced]:
         )
     with contextlib.ExitStack() as stack:
         with one_at_a_time(path):  # so that no save comes between the two files
-            config = _read_config(path)
-            file = stack.enter_context(opened(path / TENSOR_FILE))
-        yield announced(path, config, file.entries(), file.metadata())
+            config = _read_config(path, allow_pickle)
+            entries, metadata = _opened(path, stack)
+        yield announced(path, config, entries, metadata, sites)
+
+
+def tensor_file(path: Path) -> Path:
+    """Return where a PEFT folder has its tensors; of a file, itself."""
+    return path / TENSOR_FILE if path.is_dir() else path
 
 
 def announced(
-    path: Path, config: PeftLoraConfig, entries: Mapping[str, Entry], metadata: Mapping[str, str]
+    path: Path,
+    config: PeftLoraConfig,
+    entries: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    sites: Sites | None,
 ) -> Announced:
     """Return what a config and the tensors beside it hold.
 
@@ -83,15 +82,20 @@ def announced(
         config: of the folder.
         entries: its tensors, by PEFT's names.
         metadata: of the tensors' header.
+        sites: of the model, or None.
 
     Raises:
         CheckpointError: listing every tensor that cannot be honoured, or that the config contradicts.
     """
-    pairs, heads, problems = _sorted_out(entries, config)
-    configs, more = _configs(pairs, config)
+    found, problems = sorted_out(entries, config)
+    at, more = resolve(found, config, sites)
+    problems += more
+    configs, pairs, more = _configs(found, at, config)
     if problems := problems + more:
         raise CheckpointError(several(problems, outcome=f"{str(path)!r} was not read"))
-    if MEANING_KEY in metadata and metadata[MEANING_KEY] != config.meaning(pairs):
+    places = tuple(at.values())
+    targets = [place.target for place in places if place.kind != "attention output"]
+    if MEANING_KEY in metadata and metadata[MEANING_KEY] != config.meaning(targets):
         raise CheckpointError(
             f"{str(path)!r} was not read: its {CONFIG_FILE!r} gives other ranks, scales or dropout than the "
             "one that these tensors were saved with. Either two adapters were mixed, or it was edited. Save "
@@ -99,27 +103,42 @@ def announced(
             f"{str(path / TENSOR_FILE)!r}; safetensors.torch.save_file(safetensors.torch.load_file(f), f)"
         )
     ours = {f"{site}.lora_{side}": entry for site, pair in pairs.items() for side, entry in pair.items()}
-    for module, state in heads.items():
-        ours |= {f"{module}.{name}": entry for name, entry in state.items()}
     return Announced(
-        Manifest(grouped((configs[site], site) for site in sorted(configs, key=natural)), tuple(heads)),
-        ours,
-        base=native.base_of(metadata) or _layout_only(config, pairs),
-        disagreements=partial(_disagreements, config, set(pairs), set(heads)),
-        damage=partial(_damage, metadata, set(pairs)),
+        Manifest(
+            grouped((configs[site], site) for site in sorted(configs, key=natural)),
+            (*found.heads, *found.biases),
+        ),
+        ours | found.ours(),
+        base=native.base_of(metadata) or _layout_only(config, places, found),
+        base_values=found.base,
+        disagreements=partial(_disagreements, config, places, found),
+        damage=partial(_damage, metadata, places),
         rounds_heads=True,
-        notes=tuple(_notes(path, config, heads)),
+        notes=tuple(_notes(path, config, found)),
     )
 
 
-def peft_name(name: str, pairs: set[str]) -> str:
-    """Return PEFT's name of a tensor from minilora's, given the sites that carry LoRA."""
-    site, _, part = name.rpartition(".")
-    is_lora = part in ("lora_A", "lora_B") and site in pairs
-    return f"{PREFIX}{name}.weight" if is_lora else PREFIX + name
+def peft_tensors(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict[str, Tensor]:
+    """Return tensors by PEFT's names and in its layout, for tensors by minilora's."""
+    places, rest = tuple(places), dict(tensors)
+    wrapped = wrappers_of(places)
+    theirs: dict[str, Tensor] = {}
+    for place in places:
+        ours = {side: rest.pop(f"{place.site}.lora_{side}") for side in ("A", "B")}
+        packed = place.packing.theirs(ours)
+        theirs |= {PREFIX + key: packed[side] for side, key in place.keys(wrapped).items()}
+    return theirs | {PREFIX + within(name, wrapped): tensor for name, tensor in rest.items()}
 
 
-def _read_config(path: Path) -> PeftLoraConfig:
+def _opened(path: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return a folder's tensors and their header's metadata; a pickle, which is allowed by now, has none."""
+    if not (path / TENSOR_FILE).exists():
+        return unpickled(path / PICKLE_FILE), {}
+    file = stack.enter_context(opened(path / TENSOR_FILE))
+    return file.entries(), file.metadata()
+
+
+def _read_config(path: Path, allow_pickle: bool) -> PeftLoraConfig:
     present = {file.name for file in path.iterdir()}
     if CONFIG_FILE not in present:
         raise CheckpointError(
@@ -129,109 +148,88 @@ def _read_config(path: Path) -> PeftLoraConfig:
         config = PeftLoraConfig.from_dict(read_json(path / CONFIG_FILE))
     except CheckpointError as error:
         raise CheckpointError(f"{str(path / CONFIG_FILE)!r} cannot be honoured: {error}") from error
-    if TENSOR_FILE not in present and PICKLE_FILE in present:
+    if TENSOR_FILE not in present and PICKLE_FILE in present and not allow_pickle:
         raise CheckpointError(
             f"{str(path)!r} has its tensors as a pickle ({PICKLE_FILE!r}), which can run code when read "
-            "and is never opened here. If you trust it: safetensors.torch.save_file(torch.load("
-            f"{str(path / PICKLE_FILE)!r}, weights_only=True), {str(path / TENSOR_FILE)!r})"
+            "and is not opened here. If you trust it: minilora.load(model, folder, allow_pickle=True), or "
+            f"safetensors.torch.save_file(torch.load({str(path / PICKLE_FILE)!r}, weights_only=True), "
+            f"{str(path / TENSOR_FILE)!r})"
         )
-    if TENSOR_FILE not in present:
+    if not present & {TENSOR_FILE, PICKLE_FILE}:
         raise CheckpointError(f"{str(path)!r} has no {TENSOR_FILE!r}")
     return config
 
 
-def _sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Pairs, Heads, list[str]]:
-    """Return A and B by site, the state of modules trained in full by module, and problems."""
-    pairs: Pairs = {}
-    heads: Heads = {}
-    others = Problems()
-    for key, entry in sorted(entries.items(), key=lambda item: natural(item[0])):
-        name = key.removeprefix(PREFIX)
-        site, _, side = name.removesuffix(".weight").rpartition(".lora_")
-        if name == key:
-            others.add(key, f"the key does not begin with {PREFIX!r}")
-        elif module := next((m for m in above(name) if config.saves(m)), None):
-            heads.setdefault(module, {})[name.removeprefix(f"{module}.")] = entry
-        elif (
-            site
-            and name == f"{site}.lora_{side}.weight"
-            and side in ("A", "B")
-            and "base_layer" not in site.split(".")
-        ):
-            pairs.setdefault(site, {})[side] = entry
-        else:
-            reason = next(
-                (why for pattern, why in FOREIGN_KEYS if re.search(pattern, name)),
-                "neither LoRA nor part of a module that modules_to_save names",
-            )
-            others.add(key, reason)
-    misfits = Problems()
-    for site, pair in pairs.items():
-        if problem := _pair_problem(pair):
-            misfits.add(site, problem)
-    return (
-        pairs,
-        heads,
-        others.lines() + misfits.lines() + ([] if pairs else ["there is no LoRA tensor in it"]),
-    )
-
-
-def _pair_problem(pair: Mapping[str, Entry]) -> str | None:
-    """Return what is wrong with A and B of a site, or None."""
-    if missing := {"A", "B"} - set(pair):
-        return f"no lora_{missing.pop()} in the file"
-    shape_a, shape_b = pair["A"].shape, pair["B"].shape
-    if not len(shape_a) == len(shape_b) == 2:
-        return f"A has {len(shape_a)} dimensions; convolutions are not supported yet"
-    if shape_a[0] != shape_b[1]:
-        return f"A and B, {shape_a} and {shape_b}, have no rank in common"
-    return None
-
-
 def _configs(
-    pairs: Mapping[str, Mapping[str, Entry]], config: PeftLoraConfig
-) -> tuple[dict[str, LoRAConfig], list[str]]:
-    """Return the config at each site, and where the file's patterns and tensors contradict each other."""
+    found: Found, at: Mapping[str, Place], config: PeftLoraConfig
+) -> tuple[dict[str, LoRAConfig], dict[str, dict[str, Entry]], list[str]]:
+    """Return the config, and A and B as they are here, at each site; and what contradicts each other."""
     configs: dict[str, LoRAConfig] = {}
+    pairs: dict[str, dict[str, Entry]] = {}
     problems = Problems()
-    for site, pair in pairs.items():
-        if not config.names_all_linear() and not config.targets(site):
-            problems.add(site, "it has tensors, but the config does not target it")
-        r, rank = config.rank_of(site), pair["A"].shape[0] if "A" in pair and pair["A"].shape else None
-        if rank not in (None, r):
-            problems.add(site, f"the config gives it rank {r}, its tensors have rank {rank}")
+    for path, place in at.items():
+        if place.kind != "parameter" and not config.names_all_linear() and not config.targets(place.target):
+            problems.add(place.site, "it has tensors, but the config does not target it")
+        r, pair = config.rank_of(place.target), found.pairs[path]
+        try:
+            ours = place.packing.ours(pair)
+        except ValueError as error:
+            problems.add(place.site, str(error))
             continue
+        if ours["A"].shape[-2] != ours["B"].shape[-1]:
+            problems.add(
+                place.site, f"A and B, {pair['A'].shape} and {pair['B'].shape}, have no rank in common"
+            )
+            continue
+        if (rank := ours["A"].shape[-2]) != r:
+            problems.add(place.site, f"the config gives it rank {r}, its tensors have rank {rank}")
+            continue
+        twice = place.kind == "attention output"
         wide = any(entry.dtype == torch.float64 for entry in pair.values())
         try:
-            configs[site] = LoRAConfig(
+            configs[place.site] = LoRAConfig(
                 r=r,
-                alpha=config.alpha_of(site),
-                dropout=config.lora_dropout,
+                alpha=config.alpha_of(place.target)
+                * (times_added_at_out_proj(config.peft_version) if twice else 1),
+                dropout=0.0 if place.kind in WITHOUT_DROPOUT else config.lora_dropout,
                 rslora=config.use_rslora,
                 init=config.init,  # type: ignore[arg-type]
                 dtype=torch.float64 if wide else None,
             )
-        except MiniLoRAError as error:
-            problems.add(site, str(error))
-    return configs, problems.lines()
+            pairs[place.site] = ours
+        except (MiniLoRAError, ValueError) as error:
+            problems.add(place.site, str(error))
+    return configs, pairs, problems.lines()
 
 
-def _layout_only(config: PeftLoraConfig, pairs: Mapping[str, object]) -> Fingerprint:
-    """Return what the config tells of the base: whether its weights are stored transposed."""
-    return Fingerprint(transposed=frozenset(pairs if config.fan_in_fan_out else ()))
+def _layout_only(config: PeftLoraConfig, places: Iterable[Place], found: Found) -> Fingerprint:
+    """Return what the file tells of the base: which weights are transposed, or no linear layer's."""
+    transposed, layers = set(), {}
+    for place in places:
+        if place.kind == "embedding" or (place.kind == "linear" and config.fan_in_fan_out):
+            transposed.add(place.site)
+        if place.kind == "convolution":
+            layers[place.site] = f"Conv{len(place.packing.kernel)}d"
+        elif place.kind == "embedding":
+            layers[place.site] = "Embedding"
+        elif place.kind == "attention input":
+            layers[place.site] = "MultiheadAttention"
+    return Fingerprint(transposed=frozenset(transposed), layers=layers)
 
 
-def _damage(metadata: Mapping[str, str], pairs: set[str], tensors: Mapping[str, Tensor]) -> str | None:
+def _damage(
+    metadata: Mapping[str, str], places: Iterable[Place], tensors: Mapping[str, Tensor]
+) -> str | None:
     """Return how the tensors are seen to be damaged; those that PEFT wrote have no checksum to tell."""
     if native.DIGEST_KEY not in metadata:
         return None
-    return native.damage({peft_name(name, pairs): tensor for name, tensor in tensors.items()}, metadata)
+    return native.damage(peft_tensors(tensors, places), metadata)
 
 
-def _notes(path: Path, config: PeftLoraConfig, heads: Mapping[str, object]) -> Iterator[str]:
+def _notes(path: Path, config: PeftLoraConfig, found: Found) -> Iterator[str]:
     """Yield what a user should hear of modules that are trained in full because of how their names end."""
     entries = set(config.modules_to_save)
-    loose = [module for module in heads if entries.isdisjoint(ends(module))]
+    loose = [module for module in found.heads if entries.isdisjoint(ends(module))]
     if loose:
         yield (
             f"modules_to_save of {str(path)!r} is [{quoted(config.modules_to_save)}]; by PEFT's rule, the "
@@ -240,21 +238,47 @@ def _notes(path: Path, config: PeftLoraConfig, heads: Mapping[str, object]) -> I
         )
 
 
-def _disagreements(config: PeftLoraConfig, pairs: set[str], heads: set[str], sites: Sites) -> list[str]:
+def _disagreements(
+    config: PeftLoraConfig, places: tuple[Place, ...], found: Found, sites: Sites
+) -> list[str]:
     """Return where the config's patterns, applied to a model, say something else than the tensors do."""
+    modules = {p.target for p in places if p.kind not in ("parameter", "attention output")}
+    parameters = {place.target for place in places if place.kind == "parameter"}
     targeted, saved = config.sites(sites), config.saved_modules(sites)
+    targeted_parameters, heads = config.parameter_sites(sites), set(found.heads)
     inner = {name for name in saved if not saved.isdisjoint(above(name))}
-    found = {
-        "targeted by the config on this model, but without tensors in the file": targeted - pairs,
-        "with tensors in the file, but not targeted by the config on this model": (pairs & set(sites))
+    biases = trained_biases(config.bias, places, sites, heads)
+    differing = {
+        "targeted by the config on this model, but without tensors in the file": (targeted - modules)
+        | (targeted_parameters - parameters),
+        "with tensors in the file, but not targeted by the config on this model": (modules & set(sites))
         - targeted,
         "caught by modules_to_save on this model, but without tensors in the file": saved - inner - heads,
         "caught by modules_to_save inside a module that it catches too": inner,
-        "LoRA on what is no linear layer, which PEFT lays out in a way that is not read yet": {
-            name
-            for name in pairs
-            if name in sites and (sites[name].parameter or linear_shape(sites[name].bare) is None)
-        },
-        "shared by several parents, where PEFT adapts the first alone": (pairs | heads) & sites.shared(),
+        f"trained by bias={config.bias!r} on this model, but without tensors in the file": biases
+        - set(found.biases),
+        f"with tensors in the file, but not trained by bias={config.bias!r}": set(found.biases) - biases,
+        "shared by several parents, where PEFT adapts the first alone": (modules | heads) & sites.shared(),
     }
-    return [f"{described(sorted(names, key=natural))}: {text}" for text, names in found.items() if names]
+    return [f"{described(sorted(names, key=natural))}: {text}" for text, names in differing.items() if names]
+
+
+def trained_biases(bias: str, places: Iterable[Place], sites: Sites, heads: Collection[str]) -> set[str]:
+    """Return the biases of a model that PEFT trains along with LoRA, by their full names.
+
+    Args:
+        bias: "none", "all", or "lora_only", which is those of adapted modules.
+        places: where LoRA is.
+        sites: of the model.
+        heads: modules trained in full, whose biases are theirs.
+    """
+    if bias == "none":
+        return set()
+    adapted = {place.module for place in places}
+    return {
+        f"{site.name}.bias"
+        for site in sites.unique()
+        if own_parameters(site.bare).get("bias") is not None
+        and (bias == "all" or site.name in adapted)
+        and outermost_of(site.name, heads) is None
+    }

@@ -1,0 +1,75 @@
+"""From the tensors of a PEFT folder to what each is of: LoRA, a head, a bias, or the base itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ....names import above, natural
+from ....problems import Problems
+from ...tensors import Entry
+from .config import PeftLoraConfig
+from .places import without_wrappers
+
+PREFIX = "base_model.model."
+
+LORA_KEY = re.compile(r"(?P<path>.+)\.lora_((?P<side>[AB])\.weight|embedding_(?P<row>[AB]))", re.DOTALL)
+
+# What other endings of a key give away, the first that fits.
+FOREIGN_KEYS = (
+    (r"\.lora_magnitude_vector(\.weight)?$", "DoRA is not supported yet"),
+    (r"\.lora_B\.bias$", "a bias beside lora_B is not part of minilora's LoRA"),
+    (r"\.lora_[AB]\..+\.weight$", "the key carries an adapter's name, which PEFT leaves out when it saves"),
+)
+
+COPIES_OF_A_HEAD = re.compile(r"(original_module|modules_to_save)\.(.*\.)?bias", re.DOTALL)
+"""Under bias="all", PEFT writes a head's biases three times; its own names for them are left out here."""
+
+
+@dataclass
+class Found:
+    """The tensors of a PEFT folder, by what they are of."""
+
+    pairs: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    """A and B, by the path of the wrapper that has them."""
+    embeddings: set[str] = field(default_factory=set)
+    """The paths whose A and B have an embedding's keys."""
+    heads: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    """The state of modules trained in full, by module."""
+    biases: dict[str, Entry] = field(default_factory=dict)
+    """Trained biases of the base, by their names in the bare model."""
+    base: dict[str, Entry] = field(default_factory=dict)
+    """Other tensors, by the names in the bare model that they would have: PEFT adds embeddings by itself."""
+
+    def ours(self) -> dict[str, Entry]:
+        """Return what is trained beside A and B, by minilora's names."""
+        heads = {
+            f"{module}.{name}": entry for module, state in self.heads.items() for name, entry in state.items()
+        }
+        return heads | self.biases
+
+
+def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Found, list[str]]:
+    """Return the tensors by what they are of, and problems with their names."""
+    found, others = Found(), Problems()
+    for key, entry in sorted(entries.items(), key=lambda item: natural(item[0])):
+        name = key.removeprefix(PREFIX)
+        if name == key:
+            others.add(key, f"the key does not begin with {PREFIX!r}")
+        elif module := next((m for m in above(name) if config.saves(m)), None):
+            below = name.removeprefix(f"{module}.")
+            if not (config.bias == "all" and COPIES_OF_A_HEAD.fullmatch(below)):
+                found.heads.setdefault(module, {})[below] = entry
+        elif lora := LORA_KEY.fullmatch(name):
+            found.pairs.setdefault(lora["path"], {})[lora["side"] or lora["row"]] = entry
+            if lora["row"]:
+                found.embeddings.add(lora["path"])
+        elif reason := next((why for pattern, why in FOREIGN_KEYS if re.search(pattern, name)), None):
+            others.add(key, reason)
+        else:
+            owner, _, leaf = name.rpartition(".")
+            bare = f"{without_wrappers(owner)[0]}.{leaf}".lstrip(".")
+            trained = leaf == "bias" and config.bias != "none"
+            (found.biases if trained else found.base)[bare] = entry
+    return found, others.lines() + ([] if found.pairs else ["there is no LoRA tensor in it"])
