@@ -506,14 +506,27 @@ def test_a_model_that_accelerate_holds_in_memory_is_injected_merged_and_trained(
     assert_equal_to_rounding(model(x), expected)
 
 
+def test_no_targets_are_fine_where_trainable_names_something():
+    model = minilora.inject(MLP(), [], trainable=["classifier"])
+    assert list(minilora.adapter_state_dict(model)) == ["classifier.weight", "classifier.bias"]
+    model = MLP()
+    for trainable in ((), [], None):
+        with unchanged(model), pytest.raises(TargetError, match=r"1 problem.*\n  - targets: none given"):
+            minilora.inject(model, [], trainable=trainable)
+    with unchanged(model), pytest.raises(TargetError, match=r"1 problem.*\n  - trainable: 'clasifier'"):
+        minilora.inject(model, [], trainable=["clasifier"])
+
+
 @pytest.mark.peft
 def test_a_layer_that_peft_wraps_is_refused_with_the_fix():
     peft = pytest.importorskip("peft")
     model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["up"], r=2), MLP())
-    says = r"'up' is wrapped by PEFT already; take PEFT's layers out first: model = model\.unload\(\)"
+    says = r"is wrapped by PEFT already, or .*; take PEFT's layers out first: model = model\.unload\(\)"
     for target in ("up", "base_layer"):
-        with unchanged(model), pytest.raises(TargetError, match=says):
+        with unchanged(model), pytest.raises(TargetError, match=f"'up.*': {says}"):
             minilora.inject(model, target)
+        with unchanged(model), pytest.raises(TargetError, match=f"'up.*': {says}"):
+            minilora.inject(model, "down", trainable=[target])
     minilora.inject(model, "down")
 
 
