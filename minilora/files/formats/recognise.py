@@ -16,8 +16,12 @@ from ..tensors import MAX_HEADER_BYTES, opened
 PEFT_CONFIG = "adapter_config.json"
 
 
-def require_safetensors(path: Path) -> None:
+def require_safetensors(path: Path, options: str = "") -> None:
     """Raise for a file that plainly is of another kind.
+
+    Args:
+        path: of the file.
+        options: what the caller gave `minilora.load` beside the path, ", format=...", to be given again.
 
     Raises:
         CheckpointError: naming the kind, and what to do.
@@ -33,7 +37,7 @@ def require_safetensors(path: Path) -> None:
     if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
         raise CheckpointError(
             f"{kind} but a pickle, as torch.save writes it, which can run code when read and is never opened "
-            f"here. {_instead_of_pickle(path)}"
+            f"here. {_instead_of_pickle(path, options)}"
         )
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{kind} but stands for one that Git LFS has: run `git lfs pull` to get it")
@@ -95,11 +99,26 @@ def what_a_folder_is(folder: Path) -> str:
     )
 
 
-def _instead_of_pickle(path: Path) -> str:
+def _instead_of_pickle(path: Path, options: str = "") -> str:
+    if whole := re.fullmatch(r"(.+)-\d+-of-\d+(\.\w+)", path.name):
+        index = path.with_name(f"{whole[1]}{whole[2]}.index.json")
+        if index.exists():
+            return (
+                f"It is one shard of a whole model, whose index is {str(index)!r}, and no adapter: "
+                f"from_pretrained({str(path.parent)!r}) of its class reads them all"
+            )
     new = path.with_suffix(".safetensors")
     of_peft = (path.parent / PEFT_CONFIG).exists()
     then = str(path.parent if of_peft else new)
+    return f"If you trust it: {conversion(path, new)}, then minilora.load(model, {then!r}{options})"
+
+
+def conversion(pickle: Path, new: Path) -> str:
+    """Return the call that makes a safetensors file of a pickle of tensors, tied ones included.
+
+    It clones, because safetensors takes no tensors that share memory.
+    """
     return (
-        f"If you trust it: safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True), "
-        f"{str(new)!r}), then minilora.load(model, {then!r})"
+        f"safetensors.torch.save_file({{k: v.clone() for k, v in torch.load({str(pickle)!r}, "
+        f"weights_only=True).items()}}, {str(new)!r})"
     )

@@ -23,7 +23,7 @@ from ...contents import Announced
 from ...fingerprint import Fingerprint
 from ...tensors import Entry, opened, read_json
 from .. import native
-from ..recognise import what_a_folder_is
+from ..recognise import conversion, what_a_folder_is
 from .config import CONFIG_FILE, PeftLoraConfig
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -132,8 +132,7 @@ def _read_config(path: Path) -> PeftLoraConfig:
     if TENSOR_FILE not in present and PICKLE_FILE in present:
         raise CheckpointError(
             f"{str(path)!r} has its tensors as a pickle ({PICKLE_FILE!r}), which can run code when read "
-            "and is never opened here. If you trust it: safetensors.torch.save_file(torch.load("
-            f"{str(path / PICKLE_FILE)!r}, weights_only=True), {str(path / TENSOR_FILE)!r})"
+            f"and is never opened here. If you trust it: {conversion(path / PICKLE_FILE, path / TENSOR_FILE)}"
         )
     if TENSOR_FILE not in present:
         raise CheckpointError(f"{str(path)!r} has no {TENSOR_FILE!r}")
