@@ -15,6 +15,9 @@ from ..tensors import MAX_HEADER_BYTES, opened
 
 PEFT_CONFIG = "adapter_config.json"
 
+PICKLE = "a pickle, as torch.save writes it, which can run code when read and is never opened here"
+JSON = "JSON"
+
 
 def require_safetensors(path: Path, options: str = "") -> None:
     """Raise for a file that plainly is of another kind.
@@ -29,24 +32,29 @@ def require_safetensors(path: Path, options: str = "") -> None:
     """
     if path.is_dir():
         raise CheckpointError(f"{str(path)!r} is a folder. {what_a_folder_is(path)}")
+    if (other := other_kind(path)) is None:
+        return
+    hint = f". {_instead_of_pickle(path, options)}" if other == PICKLE else ""
+    if other == JSON and path.name == PEFT_CONFIG:
+        hint = f": a PEFT adapter is the folder, minilora.load(model, {str(path.parent)!r})"
+    raise CheckpointError(f"{str(path)!r} is not a sound safetensors file but {other}{hint}")
+
+
+def other_kind(path: Path) -> str | None:
+    """Return what a file plainly is that is no safetensors file, in words; None where that is not plain.
+
+    Raises:
+        OSError: when there is no such file, or it cannot be read.
+    """
     with open(path, "rb") as file:
         start = file.read(64)
     if int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES:
-        return  # as in every safetensors file that is read
-    kind = f"{str(path)!r} is not a sound safetensors file"
+        return None  # as in every safetensors file that is read
     if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
-        raise CheckpointError(
-            f"{kind} but a pickle, as torch.save writes it, which can run code when read and is never opened "
-            f"here. {_instead_of_pickle(path, options)}"
-        )
+        return PICKLE
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{kind} but stands for one that Git LFS has: run `git lfs pull` to get it")
-    if start.lstrip().startswith(b"{"):
-        of_peft = path.name == PEFT_CONFIG
-        hint = (
-            f": a PEFT adapter is the folder, minilora.load(model, {str(path.parent)!r})" if of_peft else ""
-        )
-        raise CheckpointError(f"{kind} but JSON{hint}")
+        return "stands for one that Git LFS has: run `git lfs pull` to get it"
+    return JSON if start.lstrip().startswith(b"{") else None
 
 
 def what_it_is(path: Path, names: Iterable[str]) -> str:
