@@ -24,7 +24,7 @@ from ...fingerprint import Fingerprint
 from ...pickles import unpickled
 from ...tensors import Entry, opened, read_json
 from .. import native
-from ..recognise import what_a_folder_is
+from ..recognise import conversion, what_a_folder_is
 from .config import CONFIG_FILE, PeftLoraConfig
 from .keys import PREFIX, Found, sorted_out
 from .places import WITHOUT_DROPOUT, Place, within, wrappers_of
@@ -157,8 +157,7 @@ def _read_config(path: Path, allow_pickle: bool) -> PeftLoraConfig:
         raise CheckpointError(
             f"{str(path)!r} has its tensors as a pickle ({PICKLE_FILE!r}), which can run code when read "
             "and is not opened here. If you trust it: minilora.load(model, folder, allow_pickle=True), or "
-            f"safetensors.torch.save_file(torch.load({str(path / PICKLE_FILE)!r}, weights_only=True), "
-            f"{str(path / TENSOR_FILE)!r})"
+            f"{conversion(path / PICKLE_FILE, path / TENSOR_FILE)}"
         )
     if not present & {TENSOR_FILE, PICKLE_FILE}:
         raise CheckpointError(f"{str(path)!r} has no {TENSOR_FILE!r}")
