@@ -7,7 +7,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constr
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check lint format wheel-check docs clean
+.PHONY: help demo test test-all check lint format wheel-check docs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -17,10 +17,15 @@ demo: $(VENV)/.examples  ## Fine-tune a small BERT encoder: python examples/sst2
 	$(RUN) examples/sst2.py $(ARGS)
 
 # One process for each core, and one thread in each: more threads than cores only wait for each other.
-test: $(VENV)/.test  ## Run the tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest --numprocesses auto --dist worksteal $(ARGS)
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN) -m pytest --numprocesses auto --dist worksteal
 
-check: lint test  ## Everything that a change must pass: lint, then tests
+test: $(VENV)/.test  ## Run the tests, but for a handful of slow ones
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test  ## Run all tests, as CI does
+	$(PYTEST) $(ARGS)
+
+check: lint test-all  ## Everything that a change must pass: lint, then tests
 
 lint: $(VENV)/.dev  ## Format, lint and type checks
 	$(RUN) -m ruff format --check .

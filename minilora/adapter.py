@@ -47,8 +47,8 @@ class Adapter(InjectedModule):
         device: of the new parameters; None means the base's.
 
     Raises:
-        TargetError: when the base's width can neither be read off nor stands in the config, or it cannot be
-            told which dimension has it.
+        TargetError: when the base's width can neither be read off nor stands in the config, when the two
+            differ, or when it cannot be told which dimension has it.
 
     Example:
         >>> adapter = minilora.Adapter(nn.Linear(8, 6), minilora.AdapterConfig(bottleneck=2))
@@ -68,6 +68,11 @@ class Adapter(InjectedModule):
         require_called(base)
         widths = _widths(base)
         if config.hidden_size is not None:
+            if widths and widths.out != config.hidden_size:
+                raise TargetError(
+                    f"hidden_size={config.hidden_size} is given, and the output of "
+                    f"{type(bare_module(base)).__name__} has the width {widths.out}: leave hidden_size out"
+                )
             # A linear layer knows its own input; other modules are taken to keep the width.
             source = widths.source if widths else config.hidden_size
             widths = Widths(source, config.hidden_size, widths.spatial if widths else _spatial_dims(base))
@@ -205,7 +210,8 @@ def _widths(module: nn.Module) -> Widths | None:
         return Widths(
             module.num_features, module.num_features, 2 if isinstance(module, nn.BatchNorm2d) else 3
         )
-    if isinstance(module, nn.Sequential):
+    # One with a forward of its own may return anything: what goes in beside what comes out, say.
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         known = [widths for child in module if (widths := _widths(child))]
         keeping = (nn.Dropout, nn.Identity, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh)
         alike = len({widths.spatial for widths in known}) == 1

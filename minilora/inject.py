@@ -15,7 +15,7 @@ from .module import is_called
 from .names import described, lies_within
 from .plan import build
 from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
-from .targets import Target, Targets, choices, head_modules, linear_names_within, matching, select
+from .targets import Target, Targets, as_list, choices, head_modules, linear_names_within, matching, select
 from .torch_internals import own_parameters
 from .words import explains_foreign_words
 
@@ -41,7 +41,8 @@ def inject(
             matches `layer.0.self.query`, never `my_query`); a compiled `re.Pattern`, matched in full; a
             callable `(name, module) -> bool`; "all-linear", which is every linear layer, fused experts and
             attention's packed projections included, but the output head and what `trainable` names. What
-            matches no module is looked for among parameters ("in_proj_weight"). Each must match.
+            matches no module is looked for among parameters ("in_proj_weight"). Each must match. `[]` where
+            `trainable` is all that is wanted.
         config: a `LoRAConfig` or an `AdapterConfig`; or a mapping of targets to configs, of which the first
             that matches a site is its own; or a callable `(name, module or parameter) -> config`.
         trainable: modules and parameters to train in full and to save with the adapter, such as
@@ -78,17 +79,18 @@ def inject(
     """
     require_unwrapped(model)
     sites = Sites(model)
-    heads, problems = select(sites, () if trainable is None else trainable, argument="trainable")
+    named = as_list(() if trainable is None else trainable)
+    heads, problems = select(sites, named, argument="trainable")
     heads = _members(heads, sites)
     excluded, more = select(sites, exclude, argument="exclude", left_alone=heads)
     problems += more
     found, more = select(sites, targets, argument="targets", left_alone=heads)
     problems += more
     chosen = [site for name, site in found.items() if name not in excluded]
-    if not chosen and not more:
-        problems.append(
-            "targets: exclude leaves none of the sites that they match" if found else "targets: none given"
-        )
+    if found and not chosen and not more:
+        problems.append("targets: exclude leaves none of the sites that they match")
+    elif not (found or more or named):
+        problems.append("targets: none given")
     placed, more = _configured(chosen, config, sites)
     problems += more
     plan, misfits = build(Manifest(grouped(placed), tuple(heads)), sites)

@@ -79,6 +79,11 @@ def is_managed(module: nn.Module) -> bool:
     return "_hf_hook" in vars(module)
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Return whether PEFT put the module into the model, around a layer of it."""
+    return any(kind.__name__ == "BaseTunerLayer" for kind in type(module).__mro__)  # PEFT is not imported
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     # Recognised by name, because importing transformers for an isinstance check costs seconds.
     kind = type(module)

@@ -19,12 +19,12 @@ from .adapter import Adapter
 from .config import AdapterConfig, Config, LoRAConfig
 from .errors import TargetError, quoted
 from .frozen import FrozenStatistics, keeps_statistics
-from .linear import call_problem, is_managed, linear_shape, plain_weight
+from .linear import call_problem, is_managed, is_of_peft, linear_shape, plain_weight
 from .lora import LoRA
 from .lora_linear import LoRALinear
 from .manifest import Manifest
 from .module import InjectedModule, bare_module, device_of
-from .names import above, described, nearest
+from .names import above, described, generic, nearest
 from .problems import Problems
 from .sites import Site, Sites, replace_modules
 from .torch_internals import has_hooks, own_parameters
@@ -144,7 +144,7 @@ def _wrapper(base: nn.Module, config: Config, site: Site, device: torch.device) 
     parameter = site.parameter or "weight"
     if own_parameters(site.bare).get(parameter) is None:
         matrices = [n for n, p in own_parameters(site.bare).items() if p is not None and p.dim() > 1]
-        instead = f"; it has {quoted([f'{site.name}.{name}' for name in matrices])}" if matrices else ""
+        instead = f"; give {quoted(matrices)} of it as the target" if matrices else ""
         raise TargetError(f"{type(site.bare).__name__} has no weight of its own{instead}")
     return LoRA(base, config, site=site.name, device=device, parameter=parameter)
 
@@ -182,16 +182,24 @@ def _taken(site: Site, config: Config, sites: Sites, plan: Plan) -> str | None:
     """Return why a config cannot be injected at a site, for what is there already or planned, or None."""
     for outer in (*above(site.owner), site.owner):
         if sites[outer].trained_in_full:
-            return f"lies in {outer!r}, which is trained in full; leave it out with exclude=..."
-        if any(kind.__name__ == "BaseTunerLayer" for kind in type(sites[outer].bare).__mro__):
-            return (
-                f"{outer!r} is wrapped by PEFT already; take PEFT's layers out first: model = model.unload()"
-            )
-    if problem := _occupied(site, config, plan):
+            # By its generic name: the same problem in every layer of a stack is one line.
+            return f"lies in {generic(outer)!r}, which is trained in full; leave it out with exclude=..."
+    if problem := _of_peft(site, sites) or _occupied(site, config, plan):
         return problem
     if site.parameter is not None and len(sites.owners(site)) > 1:
         return f"is one parameter of several modules ({quoted(sites.owners(site))}); untie it first"
     return _offloaded(site)
+
+
+def _of_peft(site: Site, sites: Sites) -> str | None:
+    """Return that PEFT's layers stand around a site or in it, or None."""
+    around = (sites[outer].bare for outer in (*above(site.owner), site.owner))
+    if any(is_of_peft(module) for module in (*around, *site.bare.modules())):
+        return (
+            "is wrapped by PEFT already, or holds or lies in what is; take PEFT's layers out first: "
+            "model = model.unload()"
+        )
+    return None
 
 
 def _offloaded(site: Site) -> str | None:
@@ -233,6 +241,7 @@ def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> li
         elif problem := (
             ("listed twice to be trained in full" if count > 1 else overlaps.get(name))
             or _adapted(sites[name])
+            or _of_peft(sites[name], sites)
             or _tie(sites[name], sites)
             or _offloaded(sites[name])
         ):
@@ -266,9 +275,11 @@ def _overlaps(manifest: Manifest, sites: Sites) -> dict[str, str]:
                 found.setdefault(outer, set()).add(name)
             if (name in modules and outer in taken) or (name in heads and outer in modules | whole):
                 found.setdefault(name, set()).add(outer)
+    alike = Counter(map(generic, found))  # an overlap in each layer of a stack shall be one line
     return {
         name: "trainable names what is, contains or lies inside an injected site or another trainable module "
-        f"({quoted(sorted(others))}); choose one of the two"
+        f"({quoted(sorted({*map(generic, others)} if alike[generic(name)] > 1 else others))}); choose one of "
+        "the two"
         for name, others in found.items()
     }
 

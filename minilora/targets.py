@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .layout import layout_of
-from .linear import linear_shape
+from .linear import is_of_peft, linear_shape
 from .names import generic, nearest, outermost_of, suffix_counts
 from .sites import Site, Sites
 from .torch_internals import own_parameters
@@ -140,8 +140,9 @@ def choices(sites: Sites, limit: int = 20) -> str:
             'model = nn.Sequential(layer), and "0" as the target'
         )
     groups: Counter[tuple[str, str]] = Counter()
+    of_peft = [name for name, site in sites.items() if is_of_peft(site.bare)]
     for name, site in sites.items():
-        if shape := linear_shape(site.bare):
+        if (shape := linear_shape(site.bare)) and outermost_of(name, of_peft) is None:
             kind = f"{type(site.bare).__name__} {shape.in_features} -> {shape.out_features}"
             groups[generic(name), kind] += 1
     for name in linear_parameters(sites):
@@ -153,7 +154,7 @@ def choices(sites: Sites, limit: int = 20) -> str:
         kind = f"{type(site.bare).__name__} {each}{layout.inputs} -> {layout.outputs}"
         groups[generic(name), kind] += 1
     if not groups:
-        return "This model has no linear layers."
+        return f"This model has no {'other ' if of_peft else ''}linear layers."
     width = max(len(name) for name, _ in list(groups)[:limit])
     lines = [f"    {name:<{width}}  {kind}  x{n}" for (name, kind), n in list(groups.items())[:limit]]
     if len(groups) > limit:
@@ -169,7 +170,7 @@ def linear_names_within(sites: Sites, outer: Iterable[str]) -> list[str]:
             for name in outer
             if name in sites and sites[name].parameter is None
             for inner, site in Sites(sites[name].bare).items()
-            if linear_shape(site.bare)
+            if linear_shape(site.bare) and not any(is_of_peft(m) for m in sites[name].bare.modules())
         }
     )
 

@@ -10,12 +10,13 @@ The copy is trained, saved, and left behind by `fuse`; `eject` and `disabled` gi
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import TargetError
+from .errors import TargetError, listed
 from .frozen import thaw
 from .module import InjectedModule, bare_module, require_called
 from .torch_internals import own_parameters, put_parameter
@@ -64,6 +65,11 @@ class TrainableHead(InjectedModule):
 
     def signed_weight(self) -> None:
         """Return nothing: the head of a fresh base is random, and tells nothing of it."""
+
+    def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
+        """Return which values of the copy are not finite where the original's are, or None."""
+        original: dict[str, object] = bare_module(self.base).state_dict(keep_vars=True)
+        return _not_finite(self.saved_state(), original)
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the trained copy, which takes the original's place."""
@@ -131,6 +137,10 @@ class TrainedParameter(Substitution):
         """Return the copy under the parameter's own name."""
         return {self.parameter: self.trained}
 
+    def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
+        """Return how many values of the copy are not finite where the original's are, or None."""
+        return _not_finite(self.saved_state(), own_parameters(self.bare), dtype)
+
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the base with the copy as its parameter."""
         put_parameter(self.bare, self.parameter, self.trained)
@@ -144,3 +154,31 @@ class TrainedParameter(Substitution):
         """Start the copy from the original that a bare checkpoint brings."""
         value = bare.get(self.parameter)
         return tensor if value is None else value.detach().clone()
+
+
+@torch.no_grad()
+def _not_finite(
+    trained: Mapping[str, Tensor], original: Mapping[str, object], dtype: torch.dtype | None = None
+) -> str | None:
+    """Return in words what is infinite or NaN in trained copies, but not in the originals; or None.
+
+    Args:
+        trained: the copies, by name.
+        original: what they are copies of, by the same names.
+        dtype: that floating-point values would be rounded to; None means their own.
+    """
+    found = []
+    for name, value in trained.items():
+        if value.is_meta or not value.is_floating_point():
+            continue
+        to, before = dtype or value.dtype, original.get(name)
+        lost = ~torch.isfinite(value.to(to))
+        if isinstance(before, Tensor) and not before.is_meta and before.shape == lost.shape:
+            lost &= torch.isfinite(before).to(lost.device)
+        if count := int(lost.sum()):
+            found.append(
+                f"{count} of {value.numel()} values of {name!r}, trained in full, are not finite in {to}"
+            )
+    if not found:
+        return None
+    return f"{listed(found)}: the training brought NaN or inf, or the values are too large for it"

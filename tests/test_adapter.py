@@ -327,6 +327,29 @@ def test_a_wrong_width_is_named_when_it_is_met(around, shape, dimension):
         layer(torch.randn(shape))
 
 
+def test_a_width_other_than_the_one_that_is_read_off_is_refused_when_injecting():
+    model = nn.ModuleDict({"block": nn.Sequential(nn.Linear(4, 6), nn.ReLU()), "conv": nn.Conv2d(4, 6, 1)})
+    says = r"'block': hidden_size=8 is given, .* Sequential has the width 6.*\n.*'conv'.* width 6"
+    with unchanged(model), pytest.raises(TargetError, match=says):
+        minilora.inject(model, ["block", "conv"], AdapterConfig(hidden_size=8))
+    minilora.inject(model, ["block", "conv"], AdapterConfig(hidden_size=6))
+
+
+class Dense(nn.Sequential):
+    """What goes in beside what comes out, as in a DenseNet."""
+
+    def forward(self, x):
+        return torch.cat([x, super().forward(x)], -1)
+
+
+def test_a_sequential_with_a_forward_of_its_own_needs_its_width_told():
+    model = nn.ModuleDict({"dense": Dense(nn.Linear(4, 6))})
+    with unchanged(model), pytest.raises(TargetError, match="width of Dense cannot be read off it"):
+        minilora.inject(model, "dense", AdapterConfig())
+    minilora.inject(model, "dense", AdapterConfig(hidden_size=10))
+    assert model["dense"](torch.randn(2, 4)).shape == (2, 10)
+
+
 def test_a_bottleneck_wider_than_anything_is_refused():
     with pytest.raises(TargetError, match="is wider than 2147483647"):
         Adapter(nn.Linear(4, 4), AdapterConfig(reduction_factor=1e-300))

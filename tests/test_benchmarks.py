@@ -365,6 +365,7 @@ def test_train_speed_sweeps(script, tmp_path):
     assert list(rows_of(table)) == [(p, name) for p in (1, 32) for name in train_speed.SWEPT]
 
 
+@pytest.mark.slow
 def test_overhead(script, tmp_path, monkeypatch):
     overhead = script("overhead")
     monkeypatch.setitem(overhead.IMPORTS, "+ PEFT", "math; raise ImportError('spared in this test')")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -559,11 +560,40 @@ def test_what_trains_and_is_not_saved_is_told(file):
         minilora.save(model, file)
     text = str(told[0].message)
     assert "'up.base.bias', 'extra.*.weight', 'extra.*.bias'" in text.replace("extra.0", "extra.*")
-    assert "inject(..., trainable=[...])" in text
+    assert "minilora.inject(model, [], trainable=['up.bias', 'extra.0'])" in text
     assert "minilora.freeze(model)" in text
     assert told[0].filename == __file__
     minilora.freeze(model)
     minilora.save(model, file)  # without a warning, which would be an error here
+
+
+def test_the_warnings_advice_for_a_head_assigned_after_injecting_can_be_followed(file, tmp_path):
+    model = lora_alone()
+    model.classifier, model.up.base.bias.requires_grad = nn.Linear(16, 5), True
+    with pytest.warns(UserWarning, match="trained, but not saved") as told:
+        minilora.save(model, tmp_path / "a")
+    advice = re.search(r"minilora\.inject\(.*\]\)", str(told[0].message))[0]
+    assert advice == "minilora.inject(model, [], trainable=['up.bias', 'classifier'])"
+    lora, head = raw(model.up.lora_B), raw(model.classifier.weight)
+    eval(advice, {"minilora": minilora, "model": model, "re": re})
+    minilora.save(model, tmp_path / "a")  # without a warning, which would be an error here
+    assert (raw(model.up.lora_B), raw(model.classifier.trained.weight)) == (lora, head)
+    base = mlp()
+    base.classifier = nn.Linear(16, 5)
+    loaded = minilora.load(base, tmp_path / "a")
+    assert (raw(loaded.up.lora_B), raw(loaded.classifier.trained.weight)) == (lora, head)
+
+
+def test_the_warnings_advice_names_nothing_that_would_be_refused_or_be_more(file, tmp_path):
+    model = lora_alone()
+    model.up.base.weight.requires_grad = True
+    with pytest.warns(UserWarning, match=r"Leave it to LoRA alone, or freeze it: minilora\.freeze\(model\)$"):
+        minilora.save(model, tmp_path / "a")
+    minilora.freeze(model)
+    model.head = nn.Linear(2, 2)
+    model.inner = nn.ModuleDict({"head": nn.Linear(2, 2).requires_grad_(False)})
+    with pytest.warns(UserWarning, match=r"trainable=\[re\.compile\('head'\)\]"):
+        minilora.save(model, tmp_path / "a")
 
 
 def test_layers_that_fit_badly_in_the_same_way_are_one_line(tmp_path):

@@ -255,7 +255,8 @@ def test_what_is_no_adapter_and_what_is_no_base(file: Path, base: Path, tmp_path
         (file, "is an adapter, and no base"),
         (tmp_path / "peft", "is a PEFT adapter's folder, and no base"),
         (cut, "not a sound safetensors file"),
-        (pickle, "not a sound safetensors file"),
+        (pickle, "not a sound safetensors file but a pickle, as torch.save writes it"),
+        (base / "config.json", "not a sound safetensors file but JSON. A base can be saved as safetensors"),
         (tmp_path / "absent", "there is no file or folder"),
     ):
         for result in (

@@ -216,6 +216,7 @@ def test_runs_in_16_bits(
     assert metrics["arguments"]["mixed_precision"] == precision
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(example: Callable[[str], ModuleType], tiny_bert: str, tmp_path: Path) -> None:
     arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--output"]
     for folder in ("first", "second"):
@@ -236,6 +237,7 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "epochs"), [("sst2", 3), ("imdb", 2)])
 def test_a_resumed_run_ends_like_one_that_was_never_interrupted(
     script: str,
@@ -391,6 +393,7 @@ def test_results_are_not_overwritten_unasked(
     assert {file.name for file in folder.iterdir()} == set(before) - {"curves.png"}
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed_says_so(
     example: Callable[[str], ModuleType],
     ctrl_c: Callable[[int], AbstractContextManager[None]],

@@ -257,6 +257,7 @@ def test_failure_while_building_changes_nothing(monkeypatch):
         minilora.inject(model, ["up", "down"])
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_line_a_model_is_injected_or_it_is_not():
     """And ejected or not: a shared layer stands at three places, of which no two may differ.
 
@@ -509,15 +510,60 @@ def test_a_model_that_accelerate_holds_in_memory_is_injected_merged_and_trained(
     assert_equal_to_rounding(model(x), expected)
 
 
+def test_no_targets_are_fine_where_trainable_names_something():
+    model = minilora.inject(MLP(), [], trainable=["classifier"])
+    assert list(minilora.adapter_state_dict(model)) == ["classifier.weight", "classifier.bias"]
+    model = MLP()
+    for trainable in ((), [], None):
+        with unchanged(model), pytest.raises(TargetError, match=r"1 problem.*\n  - targets: none given"):
+            minilora.inject(model, [], trainable=trainable)
+    with unchanged(model), pytest.raises(TargetError, match=r"1 problem.*\n  - trainable: 'clasifier'"):
+        minilora.inject(model, [], trainable=["clasifier"])
+
+
 @pytest.mark.peft
 def test_a_layer_that_peft_wraps_is_refused_with_the_fix():
     peft = pytest.importorskip("peft")
     model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["up"], r=2), MLP())
-    says = r"'up' is wrapped by PEFT already; take PEFT's layers out first: model = model\.unload\(\)"
+    says = r"is wrapped by PEFT already, or .*; take PEFT's layers out first: model = model\.unload\(\)"
     for target in ("up", "base_layer"):
-        with unchanged(model), pytest.raises(TargetError, match=says):
+        with unchanged(model), pytest.raises(TargetError, match=f"'up.*': {says}"):
             minilora.inject(model, target)
+        with unchanged(model), pytest.raises(TargetError, match=f"'up.*': {says}"):
+            minilora.inject(model, "down", trainable=[target])
     minilora.inject(model, "down")
+
+
+@pytest.mark.peft
+def test_layers_that_peft_wraps_are_one_line_and_what_is_in_them_is_no_advice():
+    peft = pytest.importorskip("peft")
+    stack = nn.Sequential(*(nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4)}) for _ in range(12)))
+    model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q"], r=2), stack)
+    with (
+        unchanged(model),
+        pytest.raises(TargetError, match=r"'\*\.q' \(x12\): is wrapped by PEFT") as caught,
+    ):
+        minilora.inject(model, ["q"], trainable=["0"])
+    assert len(str(caught.value).splitlines()) == 5  # two problems, and the table
+    assert "lora_A" not in str(caught.value)
+    assert "base_layer" not in str(caught.value)
+    assert "*.v  Linear 4 -> 4  x12" in str(caught.value)
+
+
+def test_overlaps_in_every_layer_of_a_stack_are_one_line():
+    stack = nn.Sequential(*(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(12)))
+    with unchanged(stack), pytest.raises(TargetError, match=r"1 problem.*\n.*'\*\.q' \(x12\): .*\('\*\.q'\)"):
+        minilora.inject(stack, "q", trainable="q")
+    minilora.inject(stack, [], trainable="q")
+    with (
+        unchanged(stack),
+        pytest.raises(TargetError, match=r"1 problem.*\n.*'\*\.q' \(x12\): lies in '\*\.q'"),
+    ):
+        minilora.inject(stack, "q")
+    grus = nn.Sequential(*(nn.GRUCell(4, 4) for _ in range(12)))
+    says = r"1 problem.*\n.*'\*' \(x12\): GRUCell has no weight .*; give 'weight_ih', 'weight_hh' of it as"
+    with unchanged(grus), pytest.raises(TargetError, match=says):
+        minilora.inject(grus, lambda name, module: isinstance(module, nn.GRUCell))
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def trains_what_one_process_trains(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     if not torch.distributed.is_available():
         pytest.skip("no torch.distributed")

@@ -475,6 +475,35 @@ def test_what_was_not_finite_in_the_base_is_not_the_updates_doing():
     minilora.fuse(model)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("act", [minilora.merge, minilora.fuse])
+@pytest.mark.parametrize("trained", ["classifier", "classifier.bias"])
+def test_what_was_trained_in_full_and_is_not_finite_is_refused(trained, act, value):
+    model = minilora.inject(MLP(), "up", trainable=trained).eval()
+    with torch.no_grad():
+        model.classifier.bias[1] = value
+    says = rf"'{trained}': 1 of 3 values of 'bias', trained in full, are not finite in torch\.float32"
+    with unchanged(model), pytest.raises(MergeError, match=says):
+        act(model)
+
+
+def test_what_was_not_finite_before_the_training_is_no_obstacle():
+    model = MLP()
+    with torch.no_grad():
+        model.classifier.bias[1] = float("-inf")
+    minilora.fuse(minilora.inject(model, "up", trainable="classifier"))
+    assert model.classifier.bias[1] == float("-inf")
+
+
+def test_a_parameter_trained_in_full_beyond_the_dtype_is_refused():
+    model = minilora.inject(MLP(), "up", trainable="classifier.bias")
+    with torch.no_grad():
+        model.classifier.bias[1] = 1e6
+    says = r"'classifier\.bias': 1 of 3 values .* not finite in torch\.float16.* too large"
+    with unchanged(model), pytest.raises(MergeError, match=says):
+        minilora.fuse(model, dtype="float16")
+
+
 def test_values_beyond_the_dtype_are_named_before_anything_is_cast():
     model = minilora.inject(MLP(), ["up", "down"], LoRAConfig(alpha=1e6))
     randomise(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def test_a_pickle_and_the_route_that_the_message_names(
         message = refused(given, "pickle")
         new = str(path.with_suffix(".safetensors"))
         assert (
-            f"torch.load({str(path)!r}, weights_only=True), {new!r}), then minilora.load(model, {new!r})"
-            in message
+            f"torch.load({str(path)!r}, weights_only=True).items()}}, {new!r}), then "
+            f"minilora.load(model, {new!r})" in message
         )
     safetensors.torch.save_file(torch.load(path, weights_only=True), new)
     refused(new, "checkpoint of a whole model with its injections")
@@ -115,10 +116,42 @@ def test_a_pickle_and_the_route_that_the_message_names(
     tensors.unlink()
     for given in (pickled, peft_folder):
         message = refused(given, "pickle")
-        assert f"torch.load({str(pickled)!r}, weights_only=True), {str(tensors)!r})" in message
+        assert f"torch.load({str(pickled)!r}, weights_only=True).items()}}, {str(tensors)!r})" in message
     assert f"minilora.load(model, {str(peft_folder)!r})" in refused(pickled, "")
     safetensors.torch.save_file(torch.load(pickled, weights_only=True), tensors)
     minilora.load(mlp(), peft_folder)
+
+
+def test_the_route_out_of_a_pickle_takes_tied_weights_and_the_arguments_that_were_given(
+    tmp_path: Path,
+) -> None:
+    path, layer = tmp_path / "lora.bin", trained().up
+    tensors = {"up.lora_A": layer.lora_A.detach(), "up.lora_B": layer.lora_B.detach()}
+    torch.save(tensors | {"down.lora_A": torch.ones(4, 32), "down.lora_B": torch.ones(16, 4)}, path)
+    message = refused(path, "pickle", format="loralib", config=LoRAConfig(r=4, alpha=8))
+    convert, read = re.findall(r"(safetensors\.torch.*), then (minilora\.load.*)", message)[0]
+    assert read.endswith('format="loralib", config=minilora.LoRAConfig(r=4, alpha=8))')
+    model = mlp()
+    space = {"safetensors": safetensors, "torch": torch, "minilora": minilora, "model": model}
+    eval(convert, space)
+    eval(read, space)
+    assert raw(model.up.lora_B) == raw(layer.lora_B)
+
+    tied = torch.ones(3, 3)
+    torch.save({"a.weight": tied, "b.weight": tied}, path)
+    eval(re.findall(r"(safetensors\.torch.*), then", refused(path, "pickle"))[0], space)
+    refused(path.with_suffix(".safetensors"), "may be a whole model")
+
+
+def test_a_shard_of_a_pickled_model_is_named_so(tmp_path: Path) -> None:
+    path, index = tmp_path / "pytorch_model-00001-of-00002.bin", tmp_path / "pytorch_model.bin.index.json"
+    torch.save({"a.weight": torch.ones(3)}, path)
+    refused(path, "If you trust it")
+    index.write_text("{}")
+    for given in (path, tmp_path):
+        message = refused(given, f"one shard of a whole model, whose index is '{index}'")
+        assert f"from_pretrained({str(tmp_path)!r})" in message
+        assert "save_file" not in message
 
 
 def test_other_files(tmp_path: Path) -> None:

@@ -111,11 +111,13 @@ def graphs(inject):
     return count
 
 
+@pytest.mark.slow
 def test_compiling_for_every_number_of_tokens_needs_no_graph_more_than_the_base():
     """The form is chosen by their number, which under dynamic shapes would be a graph for each side of it."""
     assert 0 < graphs(inject=True) <= graphs(inject=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 def test_compile_with_inductor(tmp_path, monkeypatch):
     # What another run compiled for other instructions of this processor would not load here.

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError, listed, quoted
 from ..files.fingerprint import Fingerprint, Signature
 from ..files.formats import native, peft
+from ..files.formats.recognise import other_kind
 from ..files.tensors import DTYPE_NAMES, FLOAT_DTYPES, opened, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -129,6 +130,8 @@ class BaseFiles:
 def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Return what a file of a base says of its tensors, and its metadata."""
     tensors: dict[str, Stored] = {}
+    if other := other_kind(path):
+        raise CheckpointError(f"{str(path)!r} is not a sound safetensors file but {other}. {SAVE_ANEW}")
     try:
         with opened(path) as file:
             metadata = file.metadata() or {}

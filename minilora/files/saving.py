@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..manifest import Manifest
 from ..names import described
 from ..problems import Problems
 from ..sites import Site, Sites, require_injected, require_unwrapped
+from ..targets import matching
+from ..torch_internals import own_parameters
 from ..training import added_tensors, thawed_parameters
 from .contents import Contents
 from .fingerprint import Fingerprint
@@ -83,12 +86,34 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
     contents = contents_of(injected)
     if thawed := thawed_parameters(model, added_tensors(injected)):
         warnings.warn(
-            f"{described(thawed)}: trained, but not saved, since no injection brought it. Name its module in "
-            "inject(..., trainable=[...]), or freeze it: minilora.freeze(model)",
+            f"{described(thawed)}: trained, but not saved, since no injection brought it. "
+            f"{_to_save_it(sites, thawed)}or freeze it: minilora.freeze(model)",
             UserWarning,
             stacklevel=2,
         )
     write(target, contents, sites, format)
+
+
+def _to_save_it(sites: Sites, thawed: Mapping[str, nn.Parameter], limit: int = 8) -> str:
+    """Return the call after which what trains beside the injections is saved too, or nothing without one."""
+    ids = {id(parameter) for parameter in thawed.values()}
+    names: dict[str, None] = {}
+    for site in sites.parameters():
+        owned = own_parameters(site.bare)
+        if id(owned[site.parameter or ""]) not in ids or not site.owner or len(sites.owners(site)) > 1:
+            continue
+        if not site.trains and all(p is None or id(p) in ids for p in owned.values()):
+            names[site.owner] = None
+        elif not any(getattr(wrapper, "parameter", None) == site.parameter for wrapper in site.wrappers):
+            names[site.name] = None
+    if not names or len(names) > limit:
+        return "Name it in trainable=[...] when injecting, " if names else "Leave it to LoRA alone, "
+    # A name is taken for the end of one, too; where that would be more, the whole name is asked for.
+    shown = [repr(n) if matching(n, sites) == [n] else f"re.compile({re.escape(n)!r})" for n in names]
+    return (
+        f"To go on with a copy of it as it is now, which is saved: minilora.inject(model, [], "
+        f"trainable=[{', '.join(shown)}]), and a new optimizer; "
+    )
 
 
 def require_format(format: str) -> None:

@@ -36,7 +36,12 @@ def reading(path: Path, config: LoRAConfig, sites: Sites) -> Iterator[Announced]
             part of a module that the file has whole.
         OSError: when there is no such file, or it cannot be read.
     """
-    require_safetensors(path)
+    given = [
+        f"{field}={value!r}"
+        for field, value in config.to_dict().items()
+        if field in ("r", "alpha") or value != getattr(LoRAConfig, field)
+    ]
+    require_safetensors(path, f', format="loralib", config=minilora.LoRAConfig({", ".join(given)})')
     with opened(path) as file:
         entries = file.entries()
         pairs: dict[str, dict[str, Entry]] = {}

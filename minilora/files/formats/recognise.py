@@ -15,9 +15,16 @@ from ..tensors import MAX_HEADER_BYTES, opened
 
 PEFT_CONFIG = "adapter_config.json"
 
+PICKLE = "a pickle, as torch.save writes it, which can run code when read and is never opened here"
+JSON = "JSON"
 
-def require_safetensors(path: Path) -> None:
+
+def require_safetensors(path: Path, options: str = "") -> None:
     """Raise for a file that plainly is of another kind.
+
+    Args:
+        path: of the file.
+        options: what the caller gave `minilora.load` beside the path, ", format=...", to be given again.
 
     Raises:
         CheckpointError: naming the kind, and what to do.
@@ -25,24 +32,29 @@ def require_safetensors(path: Path) -> None:
     """
     if path.is_dir():
         raise CheckpointError(f"{str(path)!r} is a folder. {what_a_folder_is(path)}")
+    if (other := other_kind(path)) is None:
+        return
+    hint = f". {_instead_of_pickle(path, options)}" if other == PICKLE else ""
+    if other == JSON and path.name == PEFT_CONFIG:
+        hint = f": a PEFT adapter is the folder, minilora.load(model, {str(path.parent)!r})"
+    raise CheckpointError(f"{str(path)!r} is not a sound safetensors file but {other}{hint}")
+
+
+def other_kind(path: Path) -> str | None:
+    """Return what a file plainly is that is no safetensors file, in words; None where that is not plain.
+
+    Raises:
+        OSError: when there is no such file, or it cannot be read.
+    """
     with open(path, "rb") as file:
         start = file.read(64)
     if int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES:
-        return  # as in every safetensors file that is read
-    kind = f"{str(path)!r} is not a sound safetensors file"
+        return None  # as in every safetensors file that is read
     if start.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", start):
-        raise CheckpointError(
-            f"{kind} but a pickle, as torch.save writes it, which can run code when read and is never opened "
-            f"here. {_instead_of_pickle(path)}"
-        )
+        return PICKLE
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{kind} but stands for one that Git LFS has: run `git lfs pull` to get it")
-    if start.lstrip().startswith(b"{"):
-        of_peft = path.name == PEFT_CONFIG
-        hint = (
-            f": a PEFT adapter is the folder, minilora.load(model, {str(path.parent)!r})" if of_peft else ""
-        )
-        raise CheckpointError(f"{kind} but JSON{hint}")
+        return "stands for one that Git LFS has: run `git lfs pull` to get it"
+    return JSON if start.lstrip().startswith(b"{") else None
 
 
 def what_it_is(path: Path, names: Iterable[str]) -> str:
@@ -95,11 +107,26 @@ def what_a_folder_is(folder: Path) -> str:
     )
 
 
-def _instead_of_pickle(path: Path) -> str:
+def _instead_of_pickle(path: Path, options: str = "") -> str:
+    if whole := re.fullmatch(r"(.+)-\d+-of-\d+(\.\w+)", path.name):
+        index = path.with_name(f"{whole[1]}{whole[2]}.index.json")
+        if index.exists():
+            return (
+                f"It is one shard of a whole model, whose index is {str(index)!r}, and no adapter: "
+                f"from_pretrained({str(path.parent)!r}) of its class reads them all"
+            )
     new = path.with_suffix(".safetensors")
     of_peft = (path.parent / PEFT_CONFIG).exists()
     then = str(path.parent if of_peft else new)
+    return f"If you trust it: {conversion(path, new)}, then minilora.load(model, {then!r}{options})"
+
+
+def conversion(pickle: Path, new: Path) -> str:
+    """Return the call that makes a safetensors file of a pickle of tensors, tied ones included.
+
+    It clones, because safetensors takes no tensors that share memory.
+    """
     return (
-        f"If you trust it: safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True), "
-        f"{str(new)!r}), then minilora.load(model, {then!r})"
+        f"safetensors.torch.save_file({{k: v.clone() for k, v in torch.load({str(pickle)!r}, "
+        f"weights_only=True).items()}}, {str(new)!r})"
     )

@@ -41,7 +41,6 @@ INFORMATIVE = frozenset(
 
 # Why a field that is switched on cannot be honoured.
 REASONS = {
-    "use_dora": "DoRA rescales the weight itself, which minilora does not do yet",
     "lora_bias": "a bias beside lora_B is not part of minilora's LoRA",
     "trainable_token_indices": "training single rows of an embedding is not supported",
     "layer_replication": "it changes the architecture of the base",
@@ -75,6 +74,7 @@ class PeftLoraConfig:
     lora_alpha: float
     lora_dropout: float
     use_rslora: bool
+    use_dora: bool
     init: str
     """As minilora's `LoRAConfig.init`."""
     bias: str
@@ -114,6 +114,7 @@ class PeftLoraConfig:
             lora_alpha=fields.number("lora_alpha", 8),
             lora_dropout=fields.number("lora_dropout", 0.0),
             use_rslora=fields.flag("use_rslora"),
+            use_dora=fields.flag("use_dora"),
             init=fields.initialisation("init_lora_weights"),
             bias=fields.choice("bias", ("none", "all", "lora_only")),
             fan_in_fan_out=fields.flag("fan_in_fan_out"),
@@ -206,12 +207,13 @@ class PeftLoraConfig:
         }
 
     def meaning(self, targets: Iterable[str]) -> str:
-        """Return a digest of what the config says of targets: rank, alpha, dropout, and how alpha scales.
+        """Return a digest of what the config says of targets: rank, alpha, dropout, how alpha scales, DoRA.
 
         However it says it: an edit of the patterns that comes to the same has the same digest.
         """
         each = [[name, self.rank_of(name), float(self.alpha_of(name))] for name in sorted(targets)]
-        said = json.dumps([each, float(self.lora_dropout), self.use_rslora])
+        dora = ["dora"] if self.use_dora else []  # so that folders of plain LoRA keep their digest
+        said = json.dumps([each, float(self.lora_dropout), self.use_rslora, *dora])
         return hashlib.sha256(said.encode()).hexdigest()
 
     @cached_property

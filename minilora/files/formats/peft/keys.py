@@ -16,9 +16,11 @@ PREFIX = "base_model.model."
 
 LORA_KEY = re.compile(r"(?P<path>.+)\.lora_((?P<side>[AB])\.weight|embedding_(?P<row>[AB]))", re.DOTALL)
 
+MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?", re.DOTALL)
+
 # What other endings of a key give away, the first that fits.
 FOREIGN_KEYS = (
-    (r"\.lora_magnitude_vector(\.weight)?$", "DoRA is not supported yet"),
+    (MAGNITUDE_KEY, "a magnitude of DoRA, and the config says use_dora=false"),
     (r"\.lora_B\.bias$", "a bias beside lora_B is not part of minilora's LoRA"),
     (r"\.lora_[AB]\..+\.weight$", "the key carries an adapter's name, which PEFT leaves out when it saves"),
 )
@@ -35,6 +37,8 @@ class Found:
     """A and B, by the path of the wrapper that has them."""
     embeddings: set[str] = field(default_factory=set)
     """The paths whose A and B have an embedding's keys."""
+    magnitudes: dict[str, Entry] = field(default_factory=dict)
+    """DoRA's magnitudes, by the path of the wrapper that has them."""
     heads: dict[str, dict[str, Entry]] = field(default_factory=dict)
     """The state of modules trained in full, by module."""
     biases: dict[str, Entry] = field(default_factory=dict)
@@ -65,6 +69,8 @@ def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Fo
             found.pairs.setdefault(lora["path"], {})[lora["side"] or lora["row"]] = entry
             if lora["row"]:
                 found.embeddings.add(lora["path"])
+        elif config.use_dora and (magnitude := MAGNITUDE_KEY.fullmatch(name)):
+            found.magnitudes[magnitude["path"]] = entry
         elif reason := next((why for pattern, why in FOREIGN_KEYS if re.search(pattern, name)), None):
             others.add(key, reason)
         else:
@@ -72,4 +78,6 @@ def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Fo
             bare = f"{without_wrappers(owner)[0]}.{leaf}".lstrip(".")
             trained = leaf == "bias" and config.bias != "none"
             (found.biases if trained else found.base)[bare] = entry
+    for path in found.magnitudes.keys() - found.pairs.keys():
+        others.add(path, "it has a magnitude of DoRA, and neither A nor B")
     return found, others.lines() + ([] if found.pairs else ["there is no LoRA tensor in it"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from ...fingerprint import Fingerprint
 from ...pickles import unpickled
 from ...tensors import Entry, opened, read_json
 from .. import native
-from ..recognise import what_a_folder_is
+from ..recognise import conversion, what_a_folder_is
 from .config import CONFIG_FILE, PeftLoraConfig
 from .keys import PREFIX, Found, sorted_out
 from .places import WITHOUT_DROPOUT, Place, within, wrappers_of
@@ -125,8 +126,12 @@ def peft_tensors(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict
     theirs: dict[str, Tensor] = {}
     for place in places:
         ours = {side: rest.pop(f"{place.site}.lora_{side}") for side in ("A", "B")}
-        packed = place.packing.theirs(ours)
-        theirs |= {PREFIX + key: packed[side] for side, key in place.keys(wrapped).items()}
+        packed, keys = place.packing.theirs(ours), place.keys(wrapped)
+        theirs |= {PREFIX + key: packed[side] for side, key in keys.items()}
+        if (magnitude := rest.pop(f"{place.site}.lora_magnitude", None)) is not None:
+            shape = (1, -1, *(1 for _ in place.packing.kernel)) if place.kind == "convolution" else (-1,)
+            path = keys["A"].rpartition(".lora_")[0]
+            theirs[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude.view(shape)
     return theirs | {PREFIX + within(name, wrapped): tensor for name, tensor in rest.items()}
 
 
@@ -152,8 +157,7 @@ def _read_config(path: Path, allow_pickle: bool) -> PeftLoraConfig:
         raise CheckpointError(
             f"{str(path)!r} has its tensors as a pickle ({PICKLE_FILE!r}), which can run code when read "
             "and is not opened here. If you trust it: minilora.load(model, folder, allow_pickle=True), or "
-            f"safetensors.torch.save_file(torch.load({str(path / PICKLE_FILE)!r}, weights_only=True), "
-            f"{str(path / TENSOR_FILE)!r})"
+            f"{conversion(path / PICKLE_FILE, path / TENSOR_FILE)}"
         )
     if not present & {TENSOR_FILE, PICKLE_FILE}:
         raise CheckpointError(f"{str(path)!r} has no {TENSOR_FILE!r}")
@@ -184,6 +188,9 @@ def _configs(
         if (rank := ours["A"].shape[-2]) != r:
             problems.add(place.site, f"the config gives it rank {r}, its tensors have rank {rank}")
             continue
+        if problem := _add_magnitude(ours, path, place, found, config):
+            problems.add(place.site, problem)
+            continue
         twice = place.kind == "attention output"
         wide = any(entry.dtype == torch.float64 for entry in pair.values())
         try:
@@ -193,6 +200,7 @@ def _configs(
                 * (times_added_at_out_proj(config.peft_version) if twice else 1),
                 dropout=0.0 if place.kind in WITHOUT_DROPOUT else config.lora_dropout,
                 rslora=config.use_rslora,
+                dora=config.use_dora,
                 init=config.init,  # type: ignore[arg-type]
                 dtype=torch.float64 if wide else None,
             )
@@ -200,6 +208,22 @@ def _configs(
         except (MiniLoRAError, ValueError) as error:
             problems.add(place.site, str(error))
     return configs, pairs, problems.lines()
+
+
+def _add_magnitude(
+    pair: dict[str, Entry], path: str, place: Place, found: Found, config: PeftLoraConfig
+) -> str | None:
+    """Add DoRA's magnitude to A and B, as (out,), where the config says so; return what is wrong with it."""
+    if not config.use_dora:
+        return None
+    if place.kind not in ("linear", "convolution", "embedding"):
+        return "use_dora: DoRA is known for linear layers, convolutions and embeddings"
+    if (entry := found.magnitudes.get(path)) is None:
+        return "use_dora: no lora_magnitude_vector in the file"
+    if (outputs := math.prod(entry.shape)) != pair["B"].shape[-2]:
+        return f"use_dora: lora_magnitude_vector has {outputs} values, and B {pair['B'].shape[-2]} outputs"
+    pair["magnitude"] = Entry(entry.dtype, (outputs,), lambda: entry.read().reshape(-1))
+    return None
 
 
 def _layout_only(config: PeftLoraConfig, places: Iterable[Place], found: Found) -> Fingerprint:

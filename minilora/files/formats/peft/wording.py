@@ -55,7 +55,7 @@ def worded(
         "lora_alpha": _most_common(alphas),
         "lora_dropout": max(config.dropout for config in configs.values()),
         "use_rslora": first.rslora,
-        "use_dora": False,
+        "use_dora": first.dora,
         "init_lora_weights": True if first.init == "kaiming" else first.init,
         "bias": bias,
         "lora_bias": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ....config import LoRAConfig
 from ....errors import CheckpointError, several
+from ....initial import change_since
 from ....manifest import Manifest
 from ....names import above, described, natural
 from ....sites import Sites
@@ -43,6 +45,7 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         CheckpointError: listing what PEFT's format cannot express; nothing is written.
         OSError: when the folder cannot be written.
     """
+    contents = _without_starts(contents)
     configs: Configs = {
         site: config
         for config, names in contents.manifest.injections
@@ -85,6 +88,27 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         with new_folder(path) as folder:
             for name, chunks in files.items():
                 write_whole(folder / name, chunks)
+
+
+def _without_starts(contents: Contents) -> Contents:
+    """Return contents in which an update that begins at the weight is plain LoRA, of twice the rank.
+
+    PEFT knows PiSSA and OLoRA as a change of the base; s (B A - B0 A0) = s [B, -B0] [A; A0] needs none.
+    """
+    tensors = dict(contents.tensors)
+    injections = []
+    for config, names in contents.manifest.injections:
+        plain = config
+        if isinstance(config, LoRAConfig) and config.begins_at_weight:
+            alpha = config.alpha * (math.sqrt(2) if config.rslora else 2)
+            plain = dataclasses.replace(config, r=2 * config.r, alpha=alpha, init="kaiming")
+            for site in names:
+                A, B, *start = (tensors.pop(f"{site}.{name}") for name in config.tensor_names[:4])
+                A, B = change_since(A, B, *start)
+                tensors |= {f"{site}.lora_A": A, f"{site}.lora_B": B}
+        injections.append((plain, names))
+    manifest = dataclasses.replace(contents.manifest, injections=tuple(injections))
+    return dataclasses.replace(contents, manifest=manifest, tensors=tensors)
 
 
 def _said_otherwise(
@@ -135,7 +159,7 @@ def _inexpressible(manifest: Manifest, heads: Iterable[str], places: Iterable[Pl
         if problem := expression_problem(name, around_left_out):
             yield f"{name!r}: PEFT takes it for an expression among modules_to_save, and as such it {problem}"
     dropping = [configs[place.site] for place in places if place.kind not in WITHOUT_DROPOUT]
-    for field in ("dropout", "rslora", "init"):
+    for field in ("dropout", "rslora", "dora", "init"):
         concerned = dropping if field == "dropout" else configs.values()
         if len(values := {getattr(config, field) for config in concerned}) > 1:
             shown = ", ".join(sorted(map(repr, values)))
