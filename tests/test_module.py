@@ -44,7 +44,8 @@ def test_names_of_sites_are_those_of_the_bare_model():
     model = nn.ModuleDict({"block": MLP(), "head": nn.Linear(16, 16)})
     names = list(Sites(model))
     minilora.inject(model, ["block.up", "head"], trainable=["block.classifier"])
-    minilora.inject(model, ["block", "head"], AdapterConfig(bottleneck=2, hidden_size=3))
+    minilora.inject(model, ["block"], AdapterConfig(bottleneck=2, hidden_size=3))
+    minilora.inject(model, ["head"], AdapterConfig(bottleneck=2))
     assert list(Sites(model)) == names
     assert {name: [w.kind for w in found] for name, found in injected_modules(model).items()} == {
         "block": ["adapter"],
