@@ -127,7 +127,6 @@ IDS: dict[str, Any] = {"shape": (4, 3), "ids": True}
 IMAGE: dict[str, Any] = {"shape": (2, 6, 7, 7)}
 TOKENS: dict[str, Any] = {"shape": (2, 3, 8)}
 ATTENTION: dict[str, Any] = {"shape": (2, 3, 8), "steps": False}
-DORA = {"use_dora": True, "refused": "use_dora"}
 GROUPED = {"refused": "groups of the weight", "warns": ("groups > 1",)}
 
 
@@ -162,8 +161,8 @@ SETTINGS = [
     ),
     Setting("linear, a regular expression", stack, {"target_modules": r"layers\.[02]\.0"}),
     Setting("linear, bias all with norms", stack, {"target_modules": r"layers\.[02]\.0", "bias": "all"}),
-    Setting("linear, DoRA", mlp, _dora(LIN0), refused="use_dora"),
-    Setting("linear, DoRA, both", mlp, _dora({**BOTH, "lora_alpha": 32}), refused="use_dora"),
+    Setting("linear, DoRA", mlp, _dora(LIN0)),
+    Setting("linear, DoRA, both", mlp, _dora({**BOTH, "lora_alpha": 32})),
     Setting(
         "linear, lora_bias", mlp, {**LIN0, "lora_bias": True}, refused="lora_bias", warns=("invalid shape",)
     ),
@@ -190,7 +189,7 @@ SETTINGS = [
     Setting("embedding, scaled", scaled_embedding, EMB, **IDS),
     Setting("embedding, max_norm", looked_up(max_norm=1.0), EMB, refused="max_norm", **IDS),
     Setting("embedding, bias all", looked_up(), {**EMB, "bias": "all"}, **IDS),
-    Setting("embedding, DoRA", looked_up(), _dora(EMB), refused="use_dora", **IDS),
+    Setting("embedding, DoRA", looked_up(), _dora(EMB), **IDS),
     # Convolutions.
     Setting("conv1d", convolved(nn.Conv1d, 6, 8, 3, width=56), CONV, (2, 6, 9)),
     Setting("conv1d, a kernel of one", convolved(nn.Conv1d, 6, 8, 1, dilation=2, width=72), CONV, (2, 6, 9)),
@@ -246,9 +245,7 @@ SETTINGS = [
         refused="padding_mode",
         **IMAGE,
     ),
-    Setting(
-        "conv2d, DoRA", convolved(nn.Conv2d, 6, 8, 3, width=200), _dora(CONV), refused="use_dora", **IMAGE
-    ),
+    Setting("conv2d, DoRA", convolved(nn.Conv2d, 6, 8, 3, width=200), _dora(CONV), **IMAGE),
     Setting("conv3d", convolved(nn.Conv3d, 2, 4, 2, width=108), CONV, (2, 2, 4, 4, 4)),
     Setting("conv3d and linear", convolved(nn.Conv3d, 2, 4, (2, 1, 3), width=96), CONV_LIN, (2, 2, 4, 4, 4)),
     # Attention. PEFT adds the update of out_proj twice and takes the gradient of one: steps are its own.
