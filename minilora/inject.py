@@ -17,7 +17,7 @@ from .plan import build
 from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
 from .targets import Target, Targets, as_list, choices, head_modules, linear_names_within, matching, select
 from .torch_internals import own_parameters
-from .words import explains_foreign_words
+from .words import explains_foreign_words, meant
 
 
 @explains_foreign_words
@@ -166,7 +166,9 @@ def _configured(
         if found is None and isinstance(config, Mapping):
             without.append(site.name)
         elif not isinstance(found, (LoRAConfig, AdapterConfig)):
-            raise TypeError(f"config must be a LoRAConfig or an AdapterConfig, not {found!r:.100}")
+            raise TypeError(
+                f"config must be a LoRAConfig or an AdapterConfig, not {found!r:.100}{meant(found)}"
+            )
         else:
             # LoRA at a module is LoRA on its weight: one site, one name.
             on_weight = isinstance(found, LoRAConfig) and site.parameter == "weight" and site.owner

@@ -125,7 +125,8 @@ def nearest(word: str, names: Iterable[str], limit: int = 3) -> list[str]:
     depth = word.count(".")
     found += [name for name in choices if word and word in name and name.count(".") == depth]
     parts = [part for part in re.split(r"[._]", word.lower()) if part]
-    if parts and not found:
+    # One letter is a word cut short in q_proj, for query; in c_attn it is none, and tells nothing.
+    if parts and not found and (len(parts[0]) > 1 or parts[0] in "qkvo"):
         first = parts[0]
         found += [name for name in choices if name.count(".") == depth and name.lower().startswith(first)]
     return list(dict.fromkeys(found))[:limit]

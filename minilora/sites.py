@@ -259,7 +259,7 @@ def require_module(model: object) -> None:
     else:
         given = f"{model!r:.100} of type {type(model).__name__}"
     if isinstance(model, (str, bytes)) or hasattr(model, "__fspath__"):
-        given += "; the model comes first and the path second: minilora.load(model, path)"
+        given += "; the model comes first, made and with its weights: AutoModel.from_pretrained(...), for one"
     raise MiniLoRAError(f"the model must be an nn.Module, not {given}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
 
 from .errors import MiniLoRAError, several
@@ -51,6 +51,23 @@ def foreign_words(words: Iterable[str], known: Iterable[str], *, caller: str) ->
     ]
     footer = f"{caller} takes {', '.join(known)}"
     return several(problems, outcome="nothing was done", footer=footer) if problems else None
+
+
+def meant(config: object) -> str:
+    """Return what to write in place of something that is no config, as the end of a message; or nothing.
+
+    >>> meant({"r": 8})
+    '; write config=minilora.LoRAConfig(r=..., alpha=...), or a config for each target'
+    """
+    if isinstance(config, type):
+        return f"; make one: {config.__name__}(...)"
+    if hasattr(config, "peft_type"):
+        values = ("r", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("rslora", "use_rslora")
+        given = [f"{ours}={getattr(config, theirs)!r}" for ours, theirs in values if hasattr(config, theirs)]
+        return f", which is PEFT's; write config=minilora.LoRAConfig({', '.join(given)})"
+    if isinstance(config, Mapping):
+        return "; write config=minilora.LoRAConfig(r=..., alpha=...), or a config for each target"
+    return ""
 
 
 def explains_foreign_words(function: Callable[P, R]) -> Callable[P, R]:

@@ -451,6 +451,24 @@ def test_errors_name_the_path_that_was_given(folder: Path, monkeypatch: pytest.M
     with pytest.raises(CheckpointError, match="exists already"), new_folder(path):
         pass
 
+    for place, says in (
+        (path / "a", "config' is a file; name a folder to put it in: '.*a'$"),
+        (folder / ("a" * 256), "the name is too long for the disk; choose a shorter one: '.*aa'$"),
+    ):
+        with pytest.raises(OSError, match=f"nothing was written: .*{says}"):
+            write_whole(place, [b"new"])
+
+    with pytest.raises(OSError, match="is a file; name a folder"), new_folder(path / "a"):
+        pass
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "touch", forbidden)
+        with pytest.raises(PermissionError, match=r"denied; choose a place that you may write to: '.*new'$"):
+            write_whole(folder / "new", [b"new"])
+
     def reads_another() -> Iterator[bytes]:
         yield (folder / "absent").read_bytes()
 

@@ -610,6 +610,27 @@ def test_what_is_no_model_is_named(value, says):
         with pytest.raises(minilora.MiniLoRAError, match=says) as caught:
             act(value)
         assert len(str(caught.value)) < 300
+        assert "minilora.load" not in str(caught.value)
+
+
+class TheirConfig:
+    """As PEFT's LoraConfig."""
+
+    peft_type, r, lora_alpha, lora_dropout, use_rslora = "LORA", 4, 8, 0.1, True
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"r": 8}, r"not {'r': 8}; write config=minilora\.LoRAConfig\(r=\.\.\., alpha=\.\.\.\)"),
+        (LoRAConfig, r"make one: LoRAConfig\(\.\.\.\)"),
+        (TheirConfig(), r"PEFT's; write .*LoRAConfig\(r=4, alpha=8, dropout=0\.1, rslora=True\)$"),
+    ],
+)
+def test_what_is_no_config_is_answered_with_one(config, says):
+    model = MLP()
+    with unchanged(model), pytest.raises(TypeError, match=says):
+        minilora.inject(model, "up", config)
 
 
 def test_a_rank_above_the_smaller_side_is_honoured_with_one_warning():

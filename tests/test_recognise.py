@@ -176,6 +176,18 @@ def test_folders(tmp_path: Path, peft_folder: Path) -> None:
     refused(own.parent, "is a folder. A file of minilora's is in it", format="minilora")
 
 
+def test_a_name_on_the_hub_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = mlp()
+    says = r"nothing is downloaded.*load\(model, huggingface_hub\.snapshot_download\('someone/some-lora'\)\)"
+    with unchanged(model), pytest.raises(FileNotFoundError, match=says):
+        minilora.load(model, "someone/some-lora")
+    for path in ("someone/lora.safetensors", str(tmp_path / "a"), "a"):
+        with unchanged(model), pytest.raises(FileNotFoundError) as caught:
+            minilora.load(model, path)
+        assert "huggingface_hub" not in str(caught.value)
+
+
 @pytest.mark.parametrize("format", ["minilora", "peft"])
 def test_swapped_arguments(format: Any, tmp_path: Path) -> None:
     model = trained()

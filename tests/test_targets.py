@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from checks import injected_modules, unchanged
-from models import MLP, Shared, on_grid, on_heads
+from models import CASES, MLP, Shared, on_grid, on_heads
 from torch import nn
 
 import minilora
@@ -279,3 +279,13 @@ def test_tables():
     many = choices(Sites(nn.ModuleDict({f"layer{i}": nn.Linear(2, 3) for i in range(30)})))
     assert "layer19  Linear 2 -> 3  x1" in many
     assert many.endswith("... and 10 more")
+
+
+def test_one_letter_in_common_is_no_hint():
+    """GPT-2's names on BERT."""
+    model = CASES["bert"].build()
+    with unchanged(model), pytest.raises(TargetError, match=r"'c_attn' matches no module\n") as caught:
+        minilora.inject(model, "c_attn")
+    assert "nearest" not in str(caught.value)
+    with unchanged(model), pytest.raises(TargetError, match=r"'q_proj' matches no module; nearest: 'query'"):
+        minilora.inject(model, "q_proj")

@@ -259,10 +259,20 @@ def _errors_name(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and PREFIX not in os.fsdecode(error.filename):
+        about = None if error.filename is None else os.fsdecode(error.filename)
+        if about is not None and PREFIX not in about and about not in (str(path), os.path.realpath(path)):
             raise  # about another file, which is being read
         number, folder = error.errno or errno.EIO, path.absolute().parent
-        if not folder.is_dir():
+        if folder.exists() and not folder.is_dir():
+            text = f"nothing was written: {str(folder)!r} is a file; name a folder to put it in"
+        elif number == errno.ENAMETOOLONG:
+            text = "nothing was written: the name is too long for the disk; choose a shorter one"
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            text = (
+                f"nothing was written, and what was there still is: {os.strerror(number)}; choose a place "
+                "that you may write to"
+            )
+        elif not folder.is_dir():
             text = f"nothing was written: there is no folder {str(folder)!r}; make it first"
         elif number == errno.EISDIR:
             text = "nothing was written: it is a folder; name a file in it"

@@ -7,8 +7,10 @@ that the model has a place for.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -101,6 +103,7 @@ def load(
     """
     file = path_for(path, model, call="load(model, path)")
     require_unwrapped(model)
+    _require_no_hub_id(file)
     sites = Sites(model)
     injected = {name: site for name, site in sites.injected().items() if site.trains}
     outcome = f"{str(file)!r} was not loaded and the model has not been changed"
@@ -126,6 +129,25 @@ def load(
     if fitted.plan is not None:
         fitted.plan.put_in_place()
     return model
+
+
+def _require_no_hub_id(file: Path) -> None:
+    """Raise where a path leads nowhere and reads like the name of a repository on the hub.
+
+    Raises:
+        FileNotFoundError: with the call that downloads it.
+    """
+    name = str(file)
+    if (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+        and file.suffix != ".safetensors"
+        and not file.parent.exists()
+    ):
+        text = (
+            "nothing is there, and nothing is downloaded; if it is on the hub: "
+            f"minilora.load(model, huggingface_hub.snapshot_download({name!r}))"
+        )
+        raise FileNotFoundError(errno.ENOENT, text, name)
 
 
 @dataclass(frozen=True)
