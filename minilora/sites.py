@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -68,19 +68,15 @@ class Sites(Mapping[str, Site]):
 
     Args:
         model: injected or bare. What wrappers added is left out, and so is the model itself.
-        naming: gives the names by which the sites go, for the model's own; None means these.
 
     Raises:
         MiniLoRAError: when the model is not one.
     """
 
-    def __init__(self, model: nn.Module, *, naming: Callable[[str], str] | None = None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         require_module(model)
         self.model = model
-        walk = _walk(model, "")
-        if naming is not None:
-            walk = (replace(site, name=naming(site.name)) for site in walk)
-        self._by_name = {site.name: site for site in walk}
+        self._by_name = {site.name: site for site in _walk(model, "")}
         self._first_names: dict[nn.Module, str] = {}
         for name, site in self._by_name.items():
             self._first_names.setdefault(site.bare, name)

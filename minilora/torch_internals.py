@@ -9,7 +9,6 @@ read; `tests/test_torch_contracts.py` holds what is taken for granted here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +34,7 @@ def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     `named_children` leaves out the second name of a shared module, which is a place like the first.
     """
-    for name, child in module._modules.items():
-        if child is not None:
-            yield name, child
+    yield from ((name, child) for name, child in module._modules.items() if child is not None)
 
 
 def put_child(parent: nn.Module, name: str, child: nn.Module) -> None:
@@ -64,8 +61,7 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a module itself, as `own_parameters` does."""
-    both: Mapping[str, Any] = {**module._parameters, **module._buffers}
-    return {name: tensor for name, tensor in both.items() if tensor is not None}
+    return {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[str]:
@@ -85,19 +81,6 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-    )
-
-
-def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether calling a module runs the code of a class of torch's, unaltered.
-
-    A convolution's forward is one line; what subclasses replace is the method behind it.
-    """
-    inner = getattr(kind, "_conv_forward", None)
-    return (
-        "forward" not in vars(module)
-        and type(module).forward is kind.forward
-        and getattr(type(module), "_conv_forward", None) is inner
     )
 
 

@@ -127,7 +127,6 @@ IDS: dict[str, Any] = {"shape": (4, 3), "ids": True}
 IMAGE: dict[str, Any] = {"shape": (2, 6, 7, 7)}
 TOKENS: dict[str, Any] = {"shape": (2, 3, 8)}
 ATTENTION: dict[str, Any] = {"shape": (2, 3, 8), "steps": False}
-DORA = {"use_dora": True, "refused": "use_dora"}
 GROUPED = {"refused": "groups of the weight", "warns": ("groups > 1",)}
 
 

@@ -12,7 +12,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -81,7 +81,7 @@ class Renaming:
             raise MiniLoRAError(
                 f"rename gives several modules one name: {described(twice)}; write longer names"
             )
-        return Sites(sites.model, naming=self.to_file)
+        return SitesByFile(sites.model, self.to_file)
 
     def problems(self, names: Iterable[str]) -> list[str]:
         """Return that no name in a file is another in the model, where that is so."""
@@ -90,6 +90,18 @@ class Renaming:
     def changes(self, names: Iterable[str]) -> bool:
         """Return whether any of some names in a file is another in the model."""
         return any(self.to_model(name) != name for name in names)
+
+
+class SitesByFile(Sites):
+    """The places in a model, by the names that a file has for them."""
+
+    def __init__(self, model: nn.Module, naming: Callable[[str], str]) -> None:
+        super().__init__(model)
+        sites = [replace(site, name=naming(name)) for name, site in self._by_name.items()]
+        self._by_name = {site.name: site for site in sites}
+        self._first_names = {}
+        for site in sites:
+            self._first_names.setdefault(site.bare, site.name)
 
 
 def renaming_for(rename: Mapping[str, str] | None, model: nn.Module, path: Path) -> Renaming | None:
