@@ -30,6 +30,7 @@ from .sites import Site, Sites, replace_modules
 from .torch_internals import has_hooks, own_parameters
 from .trained import TrainableHead, TrainedParameter
 from .training import base_parameters
+from .view import Substitution
 
 WRAPPERS: dict[str, type[InjectedModule]] = {LoRA.kind: LoRA, Adapter.kind: Adapter}
 """The wrappers that configs of each kind ask for; `LoRALinear` is a `LoRA`."""
@@ -226,7 +227,7 @@ def _occupied(site: Site, config: Config, plan: Plan) -> str | None:
                 f"carries {wrapper.description()} already; leave it out with exclude=..., "
                 "or call minilora.eject(model) first"
             )
-        if isinstance(wrapper, TrainedParameter) and config.kind == LoRA.kind:
+        if isinstance(wrapper, TrainedParameter) and issubclass(WRAPPERS[config.kind], Substitution):
             return "is trained in full as well; choose one of the two"
     return None
 
