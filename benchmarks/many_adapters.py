@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from bench.agreement import OUTPUTS_BF16, OUTPUTS_FP32
 from bench.arguments import parser_for, positive, start
-from bench.decoding import Cache
+from bench.decoding import Cache, decoding_options
 from bench.models import SHAPES
 from bench.reports import finish
 from bench.servers import BANK, BASE, SERVERS, Server, write_adapters
@@ -49,7 +49,7 @@ class Batch:
         self.prepare: Callable[[], None] | None = None
         if decode:
             self.cache = Cache(config=server.model.config, max_cache_len=length + DECODED_TOKENS)
-            self.options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+            self.options = decoding_options(self.cache)
             self.prepare = self.read_prompt
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from bench.agreement import compare_outputs
 from bench.arguments import parser_for, start
-from bench.decoding import Cache
+from bench.decoding import Cache, decoding_options
 from bench.forms import BASE, Form, forms
 from bench.models import SHAPES
 from bench.reports import finish
@@ -83,7 +83,7 @@ class Decode(Forward):
     def __init__(self, form: Form, setup: Setup, batch: int, length: int) -> None:
         super().__init__(form, setup, batch, length)
         self.cache = Cache(config=setup.shape.config, max_cache_len=length + DECODED_TOKENS)
-        self.options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        self.options = decoding_options(self.cache)
         self.next = self.tokens[:, -1:].contiguous()
 
     @torch.inference_mode()
