@@ -98,7 +98,7 @@ def rescaled(y: Tensor, factors: Tensor, bias: Tensor | None, dim: int) -> Tenso
     c = along(factors, y, dim)
     if bias is None:
         return (c * y).to(y.dtype)
-    return (c * y + (1 - c) * along(bias, y, dim)).to(y.dtype)
+    return torch.addcmul((1 - c) * along(bias, y, dim), c, y).to(y.dtype)  # one pass over y
 
 
 def dimension_of_outputs(layer: nn.Module) -> int | None:
