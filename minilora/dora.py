@@ -47,8 +47,8 @@ def effective_weight(
         transposed: whether the weight is stored as (in, out).
         dtype: of the result; None means the weight's.
     """
-    c = factors(magnitude, norms(weight, lora_A, lora_B, scaling, transposed=transposed))
     V = direction(weight, lora_A, lora_B, scaling, transposed=transposed)
+    c = factors(magnitude, _lengths(V, transposed))
     return (along(c, V, int(transposed)) * V).to(dtype or weight.dtype)
 
 
@@ -68,7 +68,10 @@ def norms(
     Returns:
         (out,), in float32 at least, without a gradient.
     """
-    V = direction(weight, lora_A, lora_B, scaling, transposed=transposed)
+    return _lengths(direction(weight, lora_A, lora_B, scaling, transposed=transposed), transposed)
+
+
+def _lengths(V: Tensor, transposed: bool) -> Tensor:
     found: Tensor = V.norm(dim=0) if transposed else V.flatten(1).norm(dim=1)
     return found.detach()  # which forward-mode differentiation heeds; for it no_grad does not suffice
 

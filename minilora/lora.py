@@ -229,11 +229,11 @@ class LoRA(Mergeable):
 
         With DoRA, on those of c V - W: no value of c V exceeds the largest magnitude.
         """
+        if self.config.dora:
+            m = self.lora_magnitude.detach().double().abs().max()
+            return m + self.unmerged_weight().abs().max().double()
         A, B = (factor.detach().double().abs() for factor in self.factors())
-        reach = abs(self.scaling) * B.sum(-1).max() * A.max()
-        if not self.config.dora:
-            return reach
-        return self.lora_magnitude.detach().double().abs().max() + self.unmerged_weight().abs().max().double()
+        return abs(self.scaling) * B.sum(-1).max() * A.max()
 
     def substituted(self) -> Tensor:
         """Return the weight that outside code may read and compute with: what this layer applies at present.

@@ -277,11 +277,8 @@ class Bank:
 
         Example:
             >>> bank = minilora.Bank(nn.Sequential(nn.Linear(4, 2)), targets=["0"], slots=3, r=2)
-            >>> bank.add("new")
-            Traceback (most recent call last):
-                ...
-            minilora.errors.MiniLoRAError: 1 problem; the bank is as it was:
-              - '0': has rank 8, and there is room for 2: Bank(..., r=8)
+            >>> bank.add("new", minilora.LoRAConfig(r=2))
+            >>> optimizer = torch.optim.AdamW(bank.parameters("new"))
         """
         slot = self._directory.slot(name)
         self._directory.require_unchosen("parameters")
