@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,37 @@ def test_whoever_has_no_patience_does_not_sleep(tmp_path: Path, monkeypatch: pyt
         pass
 
 
+def told_of_waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return what is set when the thread "second" waits for a lock."""
+    pause, waits = time.sleep, threading.Event()
+
+    def sleep(seconds: float) -> None:
+        if threading.current_thread().name == "second":
+            waits.set()
+        pause(seconds)
+
+    monkeypatch.setattr(atomic.time, "sleep", sleep)
+    return waits
+
+
+def save_amid_a_save(folder: Path, monkeypatch: pytest.MonkeyPatch, begins: Callable[[Path], bool]) -> None:
+    """Save twice, the second time from within the first: before the first rename for which `begins` holds."""
+    real, waits, threads = os.replace, told_of_waiting(monkeypatch), []
+
+    def replace(source: Any, target: Any) -> None:
+        if threading.current_thread().name == "first" and not threads and begins(Path(source)):
+            threads.append(threading.Thread(target=write_together, args=(folder, OLD_AGAIN), name="second"))
+            threads[0].start()
+            assert waits.wait(60)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    first = threading.Thread(target=write_together, args=(folder, NEW), name="first")
+    first.start()
+    first.join()
+    threads[0].join()
+
+
 @posix
 def test_a_save_that_begins_amid_another_keeps_the_modes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -281,27 +312,14 @@ def test_a_save_that_begins_amid_another_keeps_the_modes(
         pytest.skip("needs locks")
     for name in OLD:
         (folder / name).chmod(0o600)
-    real, pause, waits, threads = os.replace, time.sleep, threading.Event(), []
 
-    def sleep(seconds: float) -> None:
-        if threading.current_thread().name == "second":
-            waits.set()
-        pause(seconds)
+    def a_new_file_gets_its_name(source: Path) -> bool:
+        if not source.name.startswith("."):
+            return False
+        assert not any((folder / name).exists() for name in OLD)
+        return True
 
-    def replace(source: Any, target: Any) -> None:
-        if threading.current_thread().name == "first" and Path(source).name.startswith(".") and not threads:
-            assert not any((folder / name).exists() for name in OLD)
-            threads.append(threading.Thread(target=write_together, args=(folder, OLD_AGAIN), name="second"))
-            threads[0].start()
-            assert waits.wait(60)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(atomic.time, "sleep", sleep)
-    first = threading.Thread(target=write_together, args=(folder, NEW), name="first")
-    first.start()
-    first.join()
-    threads[0].join()
+    save_amid_a_save(folder, monkeypatch, a_new_file_gets_its_name)
     assert contents(folder) == {"tensors": b"third tensors", "config": b"third config", "other": b"other"}
     assert [stat.S_IMODE((folder / name).stat().st_mode) for name in OLD] == [0o600, 0o600]
 
@@ -322,14 +340,7 @@ def test_a_save_waits_for_the_one_that_has_just_made_the_files(
     """Which gives up the folder first, and each of the files a moment later."""
     if atomic.fcntl is None:
         pytest.skip("needs locks")
-    pause, waits = time.sleep, threading.Event()
-
-    def sleep(seconds: float) -> None:
-        if threading.current_thread().name == "second":
-            waits.set()
-        pause(seconds)
-
-    monkeypatch.setattr(atomic.time, "sleep", sleep)
+    waits = told_of_waiting(monkeypatch)
     second = threading.Thread(target=write_together, args=(folder, NEW), name="second")
     with atomic._locked(folder / "tensors"):
         second.start()
@@ -344,26 +355,7 @@ def test_two_saves_into_one_folder_come_one_after_the_other(
 ) -> None:
     if atomic.fcntl is None:
         pytest.skip("needs locks")
-    real, pause, waits, threads = os.replace, time.sleep, threading.Event(), []
-
-    def sleep(seconds: float) -> None:
-        if threading.current_thread().name == "second":
-            waits.set()
-        pause(seconds)
-
-    def replace(source: Any, target: Any) -> None:
-        if threading.current_thread().name == "first" and not threads:
-            threads.append(threading.Thread(target=write_together, args=(folder, OLD_AGAIN), name="second"))
-            threads[0].start()
-            assert waits.wait(60)
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(atomic.time, "sleep", sleep)
-    first = threading.Thread(target=write_together, args=(folder, NEW), name="first")
-    first.start()
-    first.join()
-    threads[0].join()
+    save_amid_a_save(folder, monkeypatch, lambda source: True)
     assert contents(folder) == {"tensors": b"third tensors", "config": b"third config", "other": b"other"}
 
 
