@@ -28,7 +28,7 @@ def plot_curves(metrics: dict[str, Any], step_losses: Sequence[float], path: Pat
     split = metrics["data"]["reported_split"]
     reported = ("reported", split, {"color": "#3f8f5f", "marker": "s", "linestyle": "--"})
 
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     so_far = "" if len(epochs) == planned else f", {len(epochs)} of {planned} epochs"
     figure.suptitle(
         f"{metrics['task']}: {metrics['method']}\n"
@@ -69,5 +69,5 @@ def plot_curves(metrics: dict[str, Any], step_losses: Sequence[float], path: Pat
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # where no curve runs
     figure.savefig(path, dpi=150)

@@ -112,7 +112,7 @@ def short_run(metrics: dict[str, Any]) -> str | None:
 
 def heading(metrics: dict[str, Any]) -> str:
     """Names the columns of the lines that follow, one for each epoch."""
-    names = "".join(f"{name:20}" for _, name in _splits(metrics))
+    names = "".join(f"{name:20}" for _, name in _splits(metrics)).rstrip()
     return f"{'':13}{'training':10}{names}\n{'':13}{'loss':10}{'loss':8}{'accuracy':12}{'loss':8}accuracy"
 
 
