@@ -39,7 +39,7 @@ def outputs(bank: Bank, rank: int | None = None) -> Tensor:
 
 
 def optimizer_of(bank: Bank) -> torch.optim.Optimizer:
-    """Return what steps; made before the first pass, in which FSDP puts whole tensors in the shards' place."""
+    """Return what steps; made before the first pass, which puts whole tensors in the place of shards."""
     trained = [parameter for parameter in bank.model.parameters() if parameter.requires_grad]
     return torch.optim.SGD(trained, lr=0.01)
 
