@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .config import LoRAConfig
-from .dora_linear import magnitude_linear
 from .errors import TargetError
 from .functional import add_low_rank, effective_linear, prefers_weight_form
 from .layout import Layout
@@ -23,6 +22,7 @@ from .linear import call_problem, computes_plainly, is_plain, linear_shape
 from .lora import LoRA
 from .module import InjectedModule, bare_module
 from .torch_internals import AttentionOutput, is_compiling, own_tensors
+from .variants.dora_linear import magnitude_linear
 
 
 class LoRALinear(LoRA):

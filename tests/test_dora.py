@@ -11,8 +11,8 @@ from torch import nn
 
 import minilora
 from minilora import LoRAConfig, TargetError
-from minilora.dora_linear import magnitude_linear
 from minilora.functional import effective_weight
+from minilora.variants.dora_linear import magnitude_linear
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 CONV1D = Kind("transformers_conv1d", lambda: pytest.importorskip("transformers").Conv1D(12, 8), (2, 5, 8))

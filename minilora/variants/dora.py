@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .linear import call_problem, plain_weight
+from .. import functional
+from ..linear import call_problem, plain_weight
 
 
 def direction(

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..functional import compute_dtype, without_autocast
 from . import dora
-from .functional import compute_dtype, without_autocast
 
 
 def magnitude_linear(
