@@ -27,8 +27,8 @@ CORE = [
     ["plan", "summary"],
     ["inject", "merging"],
 ]
-# One room is in the core: the variants. On the core stands the room of files, on that the room of banks, on both
-# the package's public face, and on that the command line.
+# One room is in the core: the variants. On the core stands the room of files, on that the room of banks, on
+# both the package's public face, and on that the command line.
 ROOMS = ["variants", "files", "bank", "cli"]
 DOORS = ["__init__", "__main__"]
 
