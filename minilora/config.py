@@ -107,7 +107,7 @@ class LoRAConfig(Config):
     """
 
     kind: ClassVar[str] = "lora"
-    later: ClassVar[tuple[str, ...]] = ("dora",)
+    later: ClassVar[tuple[str, ...]] = ("dora", "lora_bias")
 
     r: int = 8
     """Rank of the update, at least 1. Above the smaller side of a layer it is honoured, with a warning."""
@@ -120,6 +120,9 @@ class LoRAConfig(Config):
     dora: bool = False
     """Train the norm of each output's weights beside its direction (DoRA, Liu et al. 2024,
     https://arxiv.org/abs/2402.09353): linear layers, convolutions and embeddings."""
+    lora_bias: bool = False
+    """Give B a bias beta, zero at first: the layer's bias b becomes b + scaling * beta. Layers that can have
+    one: linear layers and convolutions, with a bias or without."""
     init: Initialisation = "kaiming"
     """How A and B begin: "kaiming" draws A from U(-1/sqrt(in), 1/sqrt(in)), "gaussian" from N(0, (1/r)^2),
     and B is zero. "orthogonal" draws both, so that B A is zero, to rounding. "pissa" (Meng et al. 2024,
@@ -140,7 +143,8 @@ class LoRAConfig(Config):
     def tensor_names(self) -> tuple[str, ...]:
         """The names of the tensors of a layer, as files have them."""
         start = ("lora_A_start", "lora_B_start") if self.begins_at_weight else ()
-        return ("lora_A", "lora_B", *start, *(("lora_magnitude",) if self.dora else ()))
+        more = ("lora_magnitude",) * self.dora + ("lora_bias",) * self.lora_bias
+        return ("lora_A", "lora_B", *start, *more)
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
@@ -149,7 +153,7 @@ class LoRAConfig(Config):
             yield f"alpha must be a finite number, not {self.alpha!r}"
         if not _is_real(self.dropout) or not 0 <= self.dropout <= 1:
             yield f"dropout must be a number in [0, 1], not {self.dropout!r}"
-        for field in ("rslora", "dora"):
+        for field in ("rslora", "dora", "lora_bias"):
             if not isinstance(value := getattr(self, field), bool):
                 yield f"{field} must be True or False, not {value!r}"
         yield from _choice("init", self.init, get_args(Initialisation))

@@ -4,6 +4,8 @@ Notation: n tokens, a layer of (out, in), rank r, A (r, in), B (out, r), s = sca
 
     W_eff = W + s B A            y = x W_eff^T + b = x W^T + b + s (x A^T) B^T
 
+and where B has a bias beta (out,), b + s beta in the place of b.
+
 (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1.) The two ways to write y are the two ways to
 compute it:
 
@@ -77,6 +79,19 @@ def sum_with_product(
     return result.view(weight.shape).to(dtype or weight.dtype)
 
 
+def effective_bias(bias: Tensor | None, lora_bias: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return b + s beta, (out,), accumulated in at least float32 and rounded once to a dtype.
+
+    Args:
+        bias: b, (out,), or None for zeros.
+        lora_bias: beta, (out,).
+        scaling: the factor s.
+        dtype: of the result.
+    """
+    shift = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * scaling
+    return (shift if bias is None else bias + shift).to(dtype)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies x: autocast's where it is on, else x's own."""
     device = x.device.type
@@ -96,8 +111,10 @@ def prefers_weight_form(tokens: int, out_features: int, in_features: int) -> boo
     return tokens * (3 * in_features + 2 * out_features) > 4 * in_features * out_features
 
 
-def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return y + s (x A^T) B^T: the delta form, given the base's own output.
+def add_low_rank(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lora_bias: Tensor | None = None
+) -> Tensor:
+    """Return y + s ((x A^T) B^T + beta): the delta form, given the base's own output.
 
     Args:
         y: (..., out), floating point; what the base returned.
@@ -105,12 +122,17 @@ def add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
         lora_A: (r, in).
         lora_B: (out, r).
         scaling: the factor s.
+        lora_bias: beta, (out,), or None for zeros.
 
     Returns:
         (..., out), in y's dtype. A and B are brought to x's dtype, being small, and not x to theirs.
     """
     dtype = compute_dtype(x)
-    h = F.linear(x, lora_A.to(dtype))  # (..., r)
+    constant = None
+    if lora_bias is not None:  # one more column of B, and what it is multiplied with is always one
+        constant = torch.eye(len(lora_A) + 1, dtype=dtype, device=lora_A.device)[-1]
+        lora_A, lora_B = F.pad(lora_A, (0, 0, 0, 1)), torch.cat([lora_B, lora_bias[:, None]], dim=1)
+    h = F.linear(x, lora_A.to(dtype), constant)  # (..., r)
     # A base may compute in a dtype of its own, as quantised layers do; a nested tensor cannot be flattened.
     if y.dtype != dtype or y.is_nested:
         return y + (F.linear(h, lora_B.to(dtype)) * scaling).to(y.dtype)
@@ -132,7 +154,7 @@ def effective_linear(
 ) -> Tensor:
     """Return x W_eff^T + b: the weight form, with W_eff built for this call alone.
 
-    The same bits as a merged layer gives. Weight and bias are taken as frozen: they get no gradient.
+    The same bits as a merged layer gives. The weight is taken as frozen: it gets no gradient.
 
     Args:
         x: (..., in).
@@ -144,7 +166,7 @@ def effective_linear(
         transposed: whether the weight is stored as (in, out).
 
     Returns:
-        (..., out), in `compute_dtype(x)`; differentiable, to any order, in x, A and B.
+        (..., out), in `compute_dtype(x)`; differentiable, to any order, in x, A, B and the bias.
     """
     dtype = compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
@@ -193,7 +215,7 @@ class _EffectiveLinear(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
         """Forward mode: dy = dx W_eff^T + s (x dA^T) B^T + s (x A^T) dB^T."""
         x, w_eff, lora_A, lora_B = ctx.saved_tensors
-        dx, _, _, _, dA, dB, _, _ = tangents
+        dx, _, db, _, dA, dB, _, _ = tangents
         parts = []
         if dx is not None:
             parts.append(F.linear(dx, w_eff.T if ctx.transposed else w_eff))
@@ -201,14 +223,16 @@ class _EffectiveLinear(torch.autograd.Function):
             parts.append(F.linear(F.linear(x, dA.to(x.dtype)), lora_B.to(x.dtype)) * ctx.scaling)
         if dB is not None:
             parts.append(F.linear(F.linear(x, lora_A.to(x.dtype)), dB.to(x.dtype)) * ctx.scaling)
+        if db is not None:
+            parts.append(db.expand(*x.shape[:-1], -1))
         return sum(parts[1:], parts[0]) if parts else None
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w_eff, weight, lora_A, lora_B = ctx.saved_tensors
         s, transposed = ctx.scaling, ctx.transposed
-        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 4, 5))
-        dx = dA = dB = None
+        needs_x, needs_b, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 2, 4, 5))
+        dx = db = dA = dB = None
         with without_autocast(g):
             if needs_x:
                 if w_eff is None or torch.is_grad_enabled():  # a second derivative goes through A and B
@@ -216,10 +240,12 @@ class _EffectiveLinear(torch.autograd.Function):
                 dx = g @ (w_eff.T if transposed else w_eff)
             # The products over all tokens keep the long side contiguous: (r, n) instead of (n, r).
             g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+            if needs_b:
+                db = g_rows.sum(0)
             if needs_A:
                 gB = lora_B.to(g.dtype).T @ g_rows.T  # (r, n)
                 dA = (gB @ x_rows).to(lora_A.dtype) * s
             if needs_B:
                 h = lora_A.to(g.dtype) @ x_rows.T  # (r, n)
                 dB = (h @ g_rows).to(lora_B.dtype).T * s
-        return dx, None, None, None, dA, dB, None, None
+        return dx, None, db, None, dA, dB, None, None

@@ -72,7 +72,8 @@ class LoRALinear(LoRA):
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = args[0] if args else next(iter(kwargs.values()))
         x = F.dropout(x, self.config.dropout, self.training)
-        return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling))  # type: ignore[no-any-return]
+        bias = self.lora_bias if self.config.lora_bias else None
+        return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling, bias))  # type: ignore[no-any-return]
 
     def _in_weight_form(self, x: Tensor) -> Tensor:
         weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
@@ -100,12 +101,6 @@ class LoRALinear(LoRA):
                 self.require_unmerged_to_train()
             return self.base.weight  # type: ignore[return-value]
         return self.substituted()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, (out,), or None."""
-        bias: Tensor | None = getattr(self.base, "bias", None)
-        return bias
 
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return why W_eff cannot take W's place, as `LoRA` does, or would not do what this layer does."""

@@ -288,7 +288,7 @@ def _overlaps(manifest: Manifest, sites: Sites) -> dict[str, str]:
 def _adapted(site: Site) -> str | None:
     """Return that a parameter to be trained in full has LoRA from an earlier call, or None."""
     for wrapper in site.wrappers:
-        if isinstance(wrapper, LoRA) and wrapper.parameter == site.parameter:
+        if isinstance(wrapper, LoRA) and site.parameter in wrapper.replaces:
             return (
                 f"to be trained in full, but carries {wrapper.description()} already; choose one of the two"
             )

@@ -155,8 +155,8 @@ def _reach(sites: Sites) -> tuple[float | None, tuple[tuple[str, int], ...]]:
         matrix = own_parameters(site.bare)[site.parameter or ""]
         over = [w for w in site.wrappers if isinstance(w, Substitution) and w.parameter == site.parameter]
         lora = [w for w in over if isinstance(w, Mergeable)]
-        if lora:
-            matrix = next(iter(lora[0].replaced_by_merging()), matrix)  # merged, another one stands there
+        if lora:  # merged, another one stands there
+            matrix = lora[0].replaced_by_merging().get(lora[0].parameter, matrix)
         if matrix is None or matrix.dim() < 2 or not matrix.is_floating_point():
             continue
         if (over and not lora) or outermost_of(site.owner, trained) is not None:

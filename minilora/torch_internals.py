@@ -46,8 +46,8 @@ def put_child(parent: nn.Module, name: str, child: nn.Module) -> None:
     parent._modules[name] = child
 
 
-def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of another; nothing can fail half-way, and no `__setattr__` interferes."""
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Put a parameter, or None, in the place of another; past any `__setattr__`, and never half-way."""
     module._parameters[name] = parameter
 
 

@@ -66,7 +66,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the parameters with `requires_grad` in groups, for any optimizer of torch's kind.
 
-    With a ratio above 1, LoRA's B learns faster than A (LoRA+, Hayou et al. 2024,
+    With a ratio above 1, LoRA's B, its bias included, learns faster than A (LoRA+, Hayou et al. 2024,
     https://arxiv.org/abs/2402.12354, section 4; they use 16). Biases, norms and DoRA's magnitudes, all of
     fewer than two dimensions, are not decayed.
 
@@ -96,7 +96,8 @@ def parameter_groups(
     if wrong:
         raise MiniLoRAError(several(wrong, outcome="no groups were made"))
     wrappers = [wrapper for site in injected_sites(model).values() for wrapper in site.wrappers]
-    faster = {id(wrapper.lora_B) for wrapper in wrappers if isinstance(wrapper, LoRA)}
+    of_lora = (wrapper.own_state().items() for wrapper in wrappers if isinstance(wrapper, LoRA))
+    faster = {id(tensor) for own in of_lora for name, tensor in own if name in ("lora_B", "lora_bias")}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in trainable_parameters(model):
         rate = lr * lora_plus_ratio if id(parameter) in faster else lr

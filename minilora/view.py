@@ -34,6 +34,8 @@ class Substitution(InjectedModule):
 
     parameter: str
     """The name, in the base, of the parameter in whose place the value stands."""
+    replaces: tuple[str, ...]
+    """That name, and those of other parameters in whose place the wrapper's own attributes stand."""
 
     def __init__(self, base: nn.Module, parameter: str) -> None:
         bare = bare_module(base)
@@ -51,7 +53,7 @@ class Substitution(InjectedModule):
                 "accelerate's dispatch, most often), and would not see what is trained: inject first"
             )
         super().__init__(base)
-        self.parameter = parameter
+        self.parameter, self.replaces = parameter, (parameter,)
         self.__dict__["_view"] = _view(self, type(bare))  # no child, though it is a module
 
     @property
@@ -101,8 +103,8 @@ def _view_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     def read(view: Any, name: str) -> Any:
         wrapper = view.__dict__["_wrapper"]
-        if name == wrapper.parameter and wrapper.enabled and not wrapper.merged:
-            return wrapper.value()
+        if name in wrapper.replaces and wrapper.enabled and not wrapper.merged:
+            return wrapper.value() if name == wrapper.parameter else getattr(wrapper, name)
         return getattr(_behind(wrapper), name)
 
     def write(view: Any, name: str, value: Any) -> None:

@@ -17,7 +17,10 @@ import minilora
 from minilora import CheckpointError, LoRAConfig
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.peft
+pytestmark = [
+    pytest.mark.peft,
+    pytest.mark.filterwarnings("ignore:.*have invalid shape. .*lora_B.bias"),  # which a bias of B has to PEFT
+]
 
 PAGE = Path(__file__).parent.parent / "docs" / "coming-from-peft.md"
 NAMES = [field.name for field in dataclasses.fields(peft.LoraConfig)]

@@ -34,6 +34,9 @@ def of(settings: list[Setting]) -> pytest.MarkDecorator:
 @pytest.fixture(autouse=True)
 def _what_peft_warns_of(request: pytest.FixtureRequest) -> Iterator[None]:
     with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", ".*have invalid shape: .*lora_B.bias"
+        )  # which a bias of B has to PEFT
         for message in request.getfixturevalue("setting").warns if "setting" in request.fixturenames else ():
             warnings.filterwarnings("ignore", f".*{message}")
         yield

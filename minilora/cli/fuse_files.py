@@ -28,6 +28,7 @@ from .base_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, SUFFIX, BaseFiles
 from .inventory import KINDS, Inventory
 from .placement import Placement, place
 from .ties import find_ties
+from .updates import LowRank, low_rank_of
 
 # Other copies of the weights, which would contradict the fused ones.
 WEIGHT_SUFFIXES = {
@@ -91,6 +92,12 @@ class Fusion:
         """The LoRA sites, by the names in the files of their weights."""
         return {self.placement.weights[site]: site for site in self.placement.updates}
 
+    @cached_property
+    def _moved(self) -> dict[str, LowRank]:
+        """What is added to biases, by their names in the files."""
+        placement = self.placement
+        return {name: low_rank_of(placement.updates[site]) for site, name in placement.biases.items()}
+
     def _made(self, name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
         """Return a tensor of the result, rounded once.
 
@@ -98,7 +105,9 @@ class Fusion:
             CheckpointError: when that makes values infinite that were finite.
         """
         tensor, site = read(), self._sites.get(name)
-        if site is None:
+        if name in self._moved:
+            made = self._moved[name].added_to_bias(tensor, dtype=dtype)
+        elif site is None:
             made = tensor.to(dtype)
         else:
             transposed = site in self.placement.transposed
@@ -196,7 +205,7 @@ def _unfusable(contents: Contents, base: BaseFiles) -> list[str]:
 
 
 def _without_a_weight_of_their_own(placement: Placement, base: BaseFiles) -> list[str]:
-    """Return why weights that are there cannot take an update."""
+    """Return why weights that are there cannot take an update, and which biases are not there."""
     problems = Problems()
     ties = find_ties(placement, base)
     for site in placement.updates:
@@ -205,6 +214,13 @@ def _without_a_weight_of_their_own(placement: Placement, base: BaseFiles) -> lis
             problems.add(site, f"the base's weight is {stored.dtype_name}, quantised")
         elif site in ties:
             problems.add(site, ties[site])
+    for site, name in placement.biases.items():
+        if name not in {*base.tensors, *placement.heads.values()}:
+            problems.add(
+                site,
+                "B has a bias, and the base's files have none of the layer's to take it in. Fuse in Python, "
+                "minilora.fuse(model), and give the layer a bias wherever the result is loaded",
+            )
     return problems.lines()
 
 

@@ -116,7 +116,7 @@ def _low_rank(part: Part) -> LowRank | Rescaled | None:
         if (A0.shape, B0.shape) != (A.shape, B.shape):
             return None
         A, B = change_since(A, B, A0, B0)
-    low_rank = LowRank(A, B, config.scaling)
+    low_rank = LowRank(A, B, config.scaling, tensors.get("lora_bias"))
     if not config.dora:
         return low_rank
     m = tensors["lora_magnitude"]

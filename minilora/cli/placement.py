@@ -25,7 +25,7 @@ from ..plan import WRAPPERS
 from ..problems import Problems
 from .base_files import BaseFiles
 from .inventory import Inventory, Part
-from .updates import LowRank, Rescaled
+from .updates import LowRank, Rescaled, low_rank_of
 
 
 class MisfitError(CheckpointError):
@@ -46,6 +46,12 @@ class Placement:
     """LoRA sites whose weight is stored as (in, out)."""
     comparison: Comparison
     """How the base relates to the one that the adapter was trained on."""
+
+    @property
+    def biases(self) -> dict[str, str]:
+        """The name in the files of the bias at each site that moves it, whether it is there or not."""
+        moved = (site for site, update in self.updates.items() if low_rank_of(update).bias is not None)
+        return {site: f"{self.weights[site].removesuffix('weight')}bias" for site in moved}
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ LORA_KEY = re.compile(r"(?P<path>.+)\.lora_((?P<side>[AB])\.weight|embedding_(?P
 
 MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?", re.DOTALL)
 
+BIAS_KEY = re.compile(r"(?P<path>.+)\.lora_B\.bias", re.DOTALL)
+
 # What other endings of a key give away, the first that fits.
 FOREIGN_KEYS = (
     (MAGNITUDE_KEY, "a magnitude of DoRA, and the config says use_dora=false"),
-    (r"\.lora_B\.bias$", "a bias beside lora_B is not part of minilora's LoRA"),
+    (BIAS_KEY, "a bias of B, and the config says lora_bias=false"),
     (r"\.lora_[AB]\..+\.weight$", "the key carries an adapter's name, which PEFT leaves out when it saves"),
 )
 
@@ -39,6 +41,8 @@ class Found:
     """The paths whose A and B have an embedding's keys."""
     magnitudes: dict[str, Entry] = field(default_factory=dict)
     """DoRA's magnitudes, by the path of the wrapper that has them."""
+    biases_of_B: dict[str, Entry] = field(default_factory=dict)
+    """The biases of B, by the path of the wrapper that has them."""
     heads: dict[str, dict[str, Entry]] = field(default_factory=dict)
     """The state of modules trained in full, by module."""
     biases: dict[str, Entry] = field(default_factory=dict)
@@ -71,6 +75,8 @@ def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Fo
                 found.embeddings.add(lora["path"])
         elif config.use_dora and (magnitude := MAGNITUDE_KEY.fullmatch(name)):
             found.magnitudes[magnitude["path"]] = entry
+        elif config.lora_bias and (of_B := BIAS_KEY.fullmatch(name)):
+            found.biases_of_B[of_B["path"]] = entry
         elif reason := next((why for pattern, why in FOREIGN_KEYS if re.search(pattern, name)), None):
             others.add(key, reason)
         else:
@@ -78,6 +84,7 @@ def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Fo
             bare = f"{without_wrappers(owner)[0]}.{leaf}".lstrip(".")
             trained = leaf == "bias" and config.bias != "none"
             (found.biases if trained else found.base)[bare] = entry
-    for path in found.magnitudes.keys() - found.pairs.keys():
-        others.add(path, "it has a magnitude of DoRA, and neither A nor B")
+    for what, paths in (("magnitude of DoRA", found.magnitudes), ("bias of B", found.biases_of_B)):
+        for path in paths.keys() - found.pairs.keys():
+            others.add(path, f"it has a {what}, and neither A nor B")
     return found, others.lines() + ([] if found.pairs else ["there is no LoRA tensor in it"])

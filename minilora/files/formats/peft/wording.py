@@ -42,7 +42,7 @@ def worded(
     parameters = sorted((p.target for p in places if p.kind == "parameter"), key=natural)
     transposed = contents.base.transposed if contents.base else frozenset()
     linear = {place.site for place in places if place.kind == "linear"}
-    first = next(iter(configs.values()))
+    first, inits = next(iter(configs.values())), {config.init for config in configs.values()}
     name = getattr(sites.model, "name_or_path", None) if sites is not None else None
     config = {
         "peft_type": "LORA",
@@ -56,9 +56,10 @@ def worded(
         "lora_dropout": max(config.dropout for config in configs.values()),
         "use_rslora": first.rslora,
         "use_dora": first.dora,
-        "init_lora_weights": True if first.init == "kaiming" else first.init,
+        # How A and B began changes nothing any more; and PEFT takes no other word beside a bias of B.
+        "init_lora_weights": "gaussian" if inits == {"gaussian"} and not first.lora_bias else True,
         "bias": bias,
-        "lora_bias": False,
+        "lora_bias": first.lora_bias,
         "fan_in_fan_out": bool(transposed & linear),
         "target_modules": _target_names(modules, sites),
         "exclude_modules": None,

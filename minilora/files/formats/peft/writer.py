@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ....config import LoRAConfig
+from ....config import Config, LoRAConfig
 from ....errors import CheckpointError, several
 from ....manifest import Manifest
 from ....names import above, described, natural
@@ -129,7 +129,7 @@ def _said_otherwise(
         for site in found.keys() | expected.keys()
         if site not in found
         or site not in expected
-        or found[site] != dataclasses.replace(expected[site], dtype=found[site].dtype)
+        or found[site] != _as_in_files(expected[site], found[site])
     ]
     problems = read.disagreements(sites) if sites is not None else []
     if wrong:
@@ -137,6 +137,12 @@ def _said_otherwise(
             f"{described(sorted(wrong, key=natural))}: PEFT's patterns would say something else of it"
         )
     return problems
+
+
+def _as_in_files(written: LoRAConfig, read: Config) -> LoRAConfig:
+    """Return a config as the files give it back: what A and B are, and not how they began."""
+    assert isinstance(read, LoRAConfig)
+    return dataclasses.replace(written, dtype=read.dtype, init=read.init)
 
 
 def _inexpressible(manifest: Manifest, heads: Iterable[str], places: Iterable[Place]) -> Iterator[str]:
@@ -159,7 +165,7 @@ def _inexpressible(manifest: Manifest, heads: Iterable[str], places: Iterable[Pl
         if problem := expression_problem(name, around_left_out):
             yield f"{name!r}: PEFT takes it for an expression among modules_to_save, and as such it {problem}"
     dropping = [configs[place.site] for place in places if place.kind not in WITHOUT_DROPOUT]
-    for field in ("dropout", "rslora", "dora", "init"):
+    for field in ("dropout", "rslora", "dora", "lora_bias"):
         concerned = dropping if field == "dropout" else configs.values()
         if len(values := {getattr(config, field) for config in concerned}) > 1:
             shown = ", ".join(sorted(map(repr, values)))
