@@ -25,8 +25,7 @@ from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
 from .module import bare_module, device_of, dtype_for, generator_for
-from .torch_internals import TransposedConvolution as Transposed
-from .torch_internals import is_compiling, own_parameters, own_tensors, put_parameter
+from .torch_internals import TransposedConvolution, is_compiling, own_parameters, own_tensors, put_parameter
 from .variants import dora
 from .variants.initial import change_since, initial_values
 from .weight import EffectiveWeight
@@ -82,7 +81,7 @@ class LoRA(Mergeable):
             raise TargetError(
                 f"{parameter!r} of {type(bare).__name__} is a {kind} of {weight.dtype}, no weight"
             )
-        if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, Transposed)):
+        if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, TransposedConvolution)):
             raise TargetError(f"dropout has no input to act on inside {type(bare).__name__}; set dropout=0")
         self._set_up(config, layout_of(bare, parameter, weight), site, device)
 

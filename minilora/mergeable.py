@@ -166,28 +166,25 @@ class Mergeable(Substitution):
             yield
             return
         originals = self._originals
-        merged, before = (
-            {name: own_parameters(self.bare)[name] for name in originals},
-            self._versions(originals),
-        )
+        merged = {name: own_parameters(self.bare)[name] for name in originals}
+        before = self._versions(originals)
         self.unmerge()
         try:
             yield
         finally:
-            now, then = own_parameters(self.bare).get(self.parameter), merged[self.parameter]
-            alike = (
-                now is not None and then is not None and (now.device, now.dtype) == (then.device, then.dtype)
-            )
-            if alike and self._versions(originals) == before:
+            if self._versions(originals) == before:
                 self._originals = originals
                 self._put(merged)
             else:  # moved, cast, tied, loaded or trained meanwhile
                 self.merge()
 
-    def _versions(self, names: Iterable[str]) -> list[tuple[int, int]]:
-        """Return what tells whether a part of the merged values was replaced or written to since."""
+    def _versions(self, names: Iterable[str]) -> list[tuple[object, ...] | None]:
+        """Return what tells whether a part of the merged values was replaced, moved or written to since."""
         parts = [*self.saved_state().values(), *map(self.unmerged, names)]
-        return [(id(t), 0 if t is None or t.is_inference() else t._version) for t in parts]
+        return [
+            t if t is None else (id(t), t.device, t.dtype, 0 if t.is_inference() else t._version)
+            for t in parts
+        ]
 
     @torch.no_grad()
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:

@@ -192,6 +192,21 @@ def test_forward_mode_differentiates_what_backward_does(tokens):
     assert distance(forward, torch.full_like(y, model[0].scaling)) < 1e-12
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_merged_layer_is_moved_and_cast_with_its_originals(bias):
+    model = minilora.inject(nn.Sequential(nn.Linear(8, 6, bias=bias)), "0", CONFIG).eval()
+    fill(model[0])
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        expected = model(x)
+        minilora.merge(model).double()
+        assert distance(model(x.double()), expected.double()) < 1e-6
+        with minilora.disabled(model):
+            model.float()
+        assert distance(minilora.unmerge(model)(x), expected) < 1e-6
+    assert (model[0].base.bias is None) is not bias
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["linear", "conv2d_zeros", "transformers_conv1d"])
 def test_16_bit_bases_and_autocast(dtype, name):

@@ -158,7 +158,7 @@ class TestPeft:
             minilora.save(model, tmp_path / "a", format="peft")
         mixed = minilora.inject(linear(), ["0", "2"], {"0": CONFIG, "2": LoRAConfig(r=2)}, trainable=())
         with pytest.raises(
-            CheckpointError, match="lora_bias: PEFT has one value for all sites, .* False, True"
+            CheckpointError, match=r"lora_bias: PEFT has one value for all sites, .* False, True"
         ):
             minilora.save(mixed, tmp_path / "b", format="peft")
 
