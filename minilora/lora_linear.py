@@ -48,7 +48,7 @@ class LoRALinear(LoRA):
     def __init__(
         self, base: nn.Module, config: LoRAConfig, *, site: str = "", device: torch.device | None = None
     ) -> None:
-        shape = linear_shape(base)
+        shape = linear_shape(bare_module(base))
         if shape is None:
             raise TargetError(f"{type(bare_module(base)).__name__} is not a linear layer")
         # Past `Substitution`: the base is called as it is, whatever its weight may be.

@@ -187,6 +187,12 @@ SETTINGS = [
     Setting(
         "Conv1D, lora_bias", looked_up(), _biased({"target_modules": ["c"], "fan_in_fan_out": True}), **IDS
     ),
+    Setting(
+        "Conv1D, bias all",
+        looked_up(),
+        {"target_modules": ["c"], "fan_in_fan_out": True, "bias": "all"},
+        **IDS,
+    ),
     Setting("embedding", looked_up(), EMB, **IDS),
     Setting(
         "embedding and Conv1D", looked_up(), {"target_modules": ["emb", "c"], "fan_in_fan_out": True}, **IDS
@@ -207,6 +213,12 @@ SETTINGS = [
     Setting("embedding, scaled", scaled_embedding, EMB, **IDS),
     Setting("embedding, max_norm", looked_up(max_norm=1.0), EMB, refused="max_norm", **IDS),
     Setting("embedding, bias all", looked_up(), {**EMB, "bias": "all"}, **IDS),
+    Setting(
+        "Conv1D, DoRA, bias lora_only",
+        looked_up(),
+        _dora({"target_modules": ["c"], "fan_in_fan_out": True, "bias": "lora_only"}),
+        **IDS,
+    ),
     Setting("embedding, DoRA", looked_up(), _dora(EMB), **IDS),
     # Convolutions.
     Setting("conv1d", convolved(nn.Conv1d, 6, 8, 3, width=56), CONV, (2, 6, 9)),
