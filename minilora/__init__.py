@@ -11,6 +11,8 @@ minilora.merge(model)                               # the base model's own speed
 from .adapter import Adapter
 from .bank import Bank, Combination, combine
 from .config import AdapterConfig, LoRAConfig
+from .diagnosis.gradients import check_gradients
+from .diagnosis.rounding import merge_loss
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
 from .files.loading import load
 from .files.saving import adapter_state_dict, save
@@ -45,6 +47,7 @@ __all__ = [
     "TrainableHead",
     "TrainedParameter",
     "adapter_state_dict",
+    "check_gradients",
     "combine",
     "disabled",
     "eject",
@@ -53,6 +56,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "merge_loss",
     "parameter_groups",
     "save",
     "summary",

@@ -14,10 +14,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 ROOMS = {
     "Injecting": ["inject", "eject", "LoRAConfig", "AdapterConfig"],
     "Training": [
-        *("freeze", "trainable_parameters", "parameter_groups", "disabled"),
+        *("freeze", "trainable_parameters", "parameter_groups", "disabled", "check_gradients"),
         *("summary", "Summary", "SummaryRow"),
     ],
-    "Merging": ["merge", "unmerge", "fuse"],
+    "Merging": ["merge", "unmerge", "fuse", "merge_loss"],
     "Files": ["save", "load", "adapter_state_dict"],
     "Many adapters": ["Bank", "combine", "Combination"],
     "What stands in a model": [
