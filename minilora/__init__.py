@@ -10,7 +10,7 @@ minilora.merge(model)                               # the base model's own speed
 
 from .adapter import Adapter
 from .bank import Bank, Combination, combine
-from .config import AdapterConfig, LoRAConfig
+from .config import AdapterConfig, LoRAConfig, RowsConfig
 from .diagnosis.gradients import check_gradients
 from .diagnosis.rounding import merge_loss
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
@@ -22,6 +22,7 @@ from .lora import LoRA
 from .lora_linear import LoRALinear
 from .merging import fuse, merge, unmerge
 from .module import InjectedModule
+from .rows import TrainedRows
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
 from .training import disabled, freeze, parameter_groups, trainable_parameters
@@ -41,11 +42,13 @@ __all__ = [
     "LoRALinear",
     "MergeError",
     "MiniLoRAError",
+    "RowsConfig",
     "Summary",
     "SummaryRow",
     "TargetError",
     "TrainableHead",
     "TrainedParameter",
+    "TrainedRows",
     "adapter_state_dict",
     "check_gradients",
     "combine",

@@ -22,7 +22,7 @@ CORE = [
     ["module"],
     ["adapter", "frozen", "layout", "sites", "view"],
     ["mergeable", "targets", "trained", "variants", "weight"],
-    ["lora"],
+    ["lora", "rows"],
     ["lora_linear", "manifest", "training"],
     ["plan", "summary"],
     ["inject", "merging"],

@@ -92,7 +92,7 @@ class Fusion:
 
     @cached_property
     def _sites(self) -> dict[str, str]:
-        """The LoRA sites, by the names in the files of their weights."""
+        """The sites with an update, by the names in the files of their weights."""
         return {self.placement.weights[site]: site for site in self.placement.updates}
 
     def _made(self, name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
@@ -215,7 +215,7 @@ def _without_a_weight_of_their_own(placement: Placement, base: BaseFiles) -> lis
         stored = base.tensors[placement.weights[site]]
         if not stored.is_float:
             problems.add(site, f"the base's weight is {stored.dtype_name}, quantised")
-        elif site in ties:
+        elif site in ties and site not in placement.shared:
             problems.add(site, ties[site])
     return problems.lines()
 
