@@ -14,7 +14,7 @@ model.embed_tokens: TrainedRows          model.lm_head: TrainedRows, where its w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -48,6 +48,10 @@ class ReplacedRows(EffectiveWeight):
     def formed(self) -> Tensor:
         """Return the whole, in W's dtype."""
         return self.weight.index_copy(0, self.left, self.right.to(self.weight.dtype))
+
+    def parts(self, take: Callable[[Tensor], Tensor]) -> ReplacedRows:
+        """Return the value whose W and rows are taken from this one's in the same way, moved or cast."""
+        return ReplacedRows(take(self.weight), self.left, take(self.right), self.scaling, self.owner)
 
     def outputs(self, y: Tensor, x: Tensor) -> Tensor:
         """Return what a linear layer gives for x, (..., out), in y, which is what it gives with W."""
@@ -118,6 +122,10 @@ class TrainedRows(Substitution):
             raise TargetError(f"{shape} of {weight.dtype}, whose rows {dtype} would round; leave dtype out")
         if config.of and first is None:
             raise TargetError(f"its rows are those of {config.of!r}, which is not placed before it")
+        if first is not None and any(getattr(m.bare, "max_norm", None) for m in (first, self)):
+            raise TargetError(
+                "its weight is shared by an embedding that writes into it (max_norm); untie them"
+            )
         self.config, self.site = config, site
         self.__dict__["_first"] = self if first is None else first  # no child, though it is a module
         self._indices = torch.tensor(config.rows, device=weight.device)
