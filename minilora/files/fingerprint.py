@@ -155,8 +155,9 @@ class Fingerprint:
                 if layout and (shape is None or name != owner):
                     layers[name] = type(site.bare).__name__
                 weight = wrapper.signed_weight()
-                if isinstance(weight, Tensor):
-                    weight = untrained(weight, _trained_rows(site, name))
+                if isinstance(weight, Tensor) and (rows := _trained_rows(site, name)):
+                    rest = untrained(weight, rows)
+                    weight = rest if len(rest) else "all of its rows are trained"
                 if isinstance(weight, str):
                     unchecked[name] = weight
                 elif weight is not None:
