@@ -14,9 +14,9 @@ from .manifest import Manifest, grouped
 from .module import is_called
 from .names import described, lies_within
 from .plan import build
-from .rows import at_all_owners
 from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
 from .targets import Target, Targets, as_list, choices, head_modules, linear_names_within, matching, select
+from .ties import at_all_owners
 from .torch_internals import own_parameters
 from .words import explains_foreign_words, meant
 

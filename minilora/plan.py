@@ -26,8 +26,9 @@ from .manifest import Manifest
 from .module import InjectedModule, bare_module, device_of
 from .names import above, described, generic, nearest
 from .problems import Problems
-from .rows import TrainedRows, tie_problem
+from .rows import TrainedRows
 from .sites import Site, Sites, replace_modules
+from .ties import copy_problem, rows_problem
 from .torch_internals import has_hooks, own_parameters
 from .trained import TrainableHead, TrainedParameter
 from .training import base_parameters
@@ -119,7 +120,7 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
     for config, names in sorted(manifest.injections, key=lambda entry: WRAPPERS[entry[0].kind].position):
         for name in names:
             problem = _missing(name, sites) or _taken(sites[name], config, sites, plan)
-            if problem := problem or tie_problem(config, sites[name], sites, placed):
+            if problem := problem or rows_problem(config, sites[name], sites, placed):
                 problems.add(name, problem)
                 continue
             device = torch.device("meta") if without_values else device_of(sites[name].bare, default)
@@ -251,7 +252,7 @@ def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> li
             ("listed twice to be trained in full" if count > 1 else overlaps.get(name))
             or _adapted(sites[name])
             or _of_peft(sites[name], sites)
-            or _tie(sites[name], sites)
+            or copy_problem(sites[name], sites)
             or _offloaded(sites[name])
         ):
             problems.add(name, problem)
@@ -301,31 +302,6 @@ def _adapted(site: Site) -> str | None:
                 f"to be trained in full, but carries {wrapper.description()} already; choose one of the two"
             )
     return None
-
-
-def _tie(site: Site, sites: Sites) -> str | None:
-    """Return why a trained copy of a module or parameter would loosen a tie to another module, or None."""
-    if site.parameter is not None:
-        outside = [name for name in sites.owners(site) if name != site.name]
-        what, instead = "parameter that is", "Untie"
-    else:
-        inside = set(site.bare.modules())
-        outside = sorted(
-            {name for p in site.bare.parameters() for name, m in sites.owners_of(p) if m not in inside}
-        )
-        weight = own_parameters(site.bare).get("weight")
-        what = "module whose weight is"
-        instead = (
-            "Untie"
-            if weight is None or weight.dim() < 2
-            else "Give it as a target for LoRA instead, or untie"
-        )
-    if not outside:
-        return None
-    return (
-        f"trainable names a {what} tied to {quoted(outside)}; a trained copy would untie them. {instead} the "
-        "weights first"
-    )
 
 
 def _warn_of_wide_ranks(plan: Plan) -> None:

@@ -14,18 +14,16 @@ model.embed_tokens: TrainedRows          model.lm_head: TrainedRows, where its w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, RowsConfig
-from .errors import TargetError, listed, quoted
+from .config import RowsConfig
+from .errors import TargetError, listed
 from .functional import compute_dtype
 from .module import dtype_for
-from .sites import Site, Sites
 from .torch_internals import own_parameters, own_tensors, put_parameter
 from .trained import not_finite
 from .view import Substitution
@@ -133,6 +131,11 @@ class TrainedRows(Substitution):
             rows = weight.detach()[self._indices]
             put_parameter(self, "trained_rows", nn.Parameter(rows.to(dtype)))
 
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What transformers asks each module for, to save a shared weight once: a pattern of its name."""
+        return {} if self._first is self else {rf"(base\.)+{self.parameter}$": ""}
+
     def value(self) -> ReplacedRows:
         """Return W with the trained rows, as a value that need not be formed."""
         weight = own_tensors(self.bare)[self.parameter]
@@ -173,30 +176,3 @@ class TrainedRows(Substitution):
     def description(self) -> str:
         """Return the kind in a few words."""
         return f"rows ({len(self.config.rows)}{f', of {self.config.of}' if self.config.of else ''})"
-
-
-def at_all_owners(config: Config, site: Site, sites: Sites) -> dict[str, Config]:
-    """Return what a config comes to, by name: rows stand at every module that owns their weight.
-
-    The first of them has the rows, and the others are `of` it. Any other config is for its site alone.
-    """
-    weight = f"{site.owner}.{site.parameter or 'weight'}"
-    if not isinstance(config, RowsConfig) or config.of or weight not in sites:
-        return {site.name: config}
-    first, *others = (name.removesuffix(".weight") for name in sites.owners(sites[weight]))
-    return {first: replace(config, of=None), **{other: replace(config, of=first) for other in others}}
-
-
-def tie_problem(
-    config: Config, site: Site, sites: Sites, placed: Mapping[tuple[str, str], Config | None]
-) -> str | None:
-    """Return that a weight is shared in another way than a manifest has its rows placed, or None."""
-    if not isinstance(config, RowsConfig):
-        return None
-    wanted = at_all_owners(replace(config, of=None), site, sites)
-    if all(placed.get((name, config.kind)) == each for name, each in wanted.items()):
-        return None
-    return (
-        f"rows are the same at all modules that share a weight, here {quoted([*wanted])}: tie or untie the "
-        "weights as they were in training, or give the same rows"
-    )

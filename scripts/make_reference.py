@@ -12,7 +12,7 @@ import minilora
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
 ROOMS = {
-    "Injecting": ["inject", "eject", "LoRAConfig", "AdapterConfig"],
+    "Injecting": ["inject", "eject", "LoRAConfig", "AdapterConfig", "RowsConfig"],
     "Training": [
         *("freeze", "trainable_parameters", "parameter_groups", "disabled", "check_gradients"),
         *("summary", "Summary", "SummaryRow"),
@@ -22,7 +22,7 @@ ROOMS = {
     "Many adapters": ["Bank", "combine", "Combination"],
     "What stands in a model": [
         *("InjectedModule", "LoRA", "LoRALinear", "Adapter"),
-        *("TrainableHead", "TrainedParameter", "FrozenStatistics"),
+        *("TrainableHead", "TrainedParameter", "TrainedRows", "FrozenStatistics"),
     ],
     "Errors": ["MiniLoRAError", "TargetError", "CheckpointError", "MergeError"],
 }

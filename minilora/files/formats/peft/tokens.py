@@ -24,8 +24,8 @@ from ....config import RowsConfig
 from ....errors import MiniLoRAError
 from ....linear import call_problem
 from ....problems import Problems
-from ....rows import at_all_owners
 from ....sites import Sites
+from ....ties import at_all_owners
 from ....torch_internals import own_parameters
 from ...tensors import Entry
 from .computes import runs_code_of
