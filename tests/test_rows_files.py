@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from checks import randomise, raw, unchanged
 from command_line import run
@@ -253,6 +254,19 @@ def test_16_bit_bases_keep_float32_rows(tmp_path: Path) -> None:
     assert raw(loaded.model.embed_tokens.trained_rows) == raw(model.model.embed_tokens.trained_rows)
     assert torch.equal(logits(loaded), logits(model))
     minilora.load(llama(), tmp_path / "a", check_base=True)  # the same base, cast
+
+
+def test_transformers_own_checkpoints_have_a_shared_weight_once(tmp_path: Path) -> None:
+    """As its Trainer writes them; a model that was injected alike goes on from them."""
+    model = trained()
+    model.save_pretrained(tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert "model.embed_tokens.trained_rows" in stored
+    assert len([name for name in stored if name.endswith("base.weight") and "proj" not in name]) == 1
+    other = minilora.inject(llama(seed=5), *targets(tied=True))
+    missing = other.load_state_dict(stored, strict=False).missing_keys
+    assert missing == ["lm_head.base.weight"]
+    assert torch.equal(logits(other), logits(model))
 
 
 # The command line
