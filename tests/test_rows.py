@@ -599,3 +599,22 @@ def test_bank_and_combine_refuse_rows_by_name(tmp_path: Any) -> None:
         MiniLoRAError, match="'tokens': trained rows take the place of others, and have no sum"
     ):
         minilora.combine({tmp_path / "a.safetensors": 1.0}, tmp_path / "out")
+
+
+@TIES
+def test_gradients_are_checked_where_the_rows_are(tied: bool) -> None:
+    model = with_rows(tied=tied)
+    model(IDS).sum().backward()
+    assert minilora.check_gradients(model) == []
+    model.tokens.trained_rows.requires_grad_(False)
+    model.body.requires_grad_(True)
+    model(IDS).sum().backward()
+    model.tokens.trained_rows.grad = None
+    assert minilora.check_gradients(model) == [
+        "'tokens': frozen: requires_grad is False on all that it holds"
+    ]
+
+
+def test_merging_costs_rows_nothing() -> None:
+    model = minilora.inject(with_rows(torch.bfloat16), "body", LoRAConfig(r=2))
+    assert list(minilora.merge_loss(model)) == ["body"]
