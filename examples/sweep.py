@@ -23,6 +23,7 @@ from finetune.folders import METRICS, STATE
 
 SCRIPTS = ("sst2", "imdb")
 RESULTS = "sweep.json"
+PLACES = ("model", "data", "output")  # arguments that are paths; the names are beside them
 
 
 def combinations(varied: Sequence[Sequence[str]]) -> list[dict[str, str]]:
@@ -58,7 +59,10 @@ def outcome(options: dict[str, str], folder: Path) -> dict[str, Any]:
     held_out = [epoch["held_out"] for epoch in metrics["epochs"]]
     return {
         "options": options,
+        "model": metrics["model"],
+        "data": metrics["data"]["name"],
         "examples": {name: metrics["data"]["examples"][name] for name in ("train", "held_out")},
+        "arguments": {name: value for name, value in metrics["arguments"].items() if name not in PLACES},
         "train_loss": [epoch["train_loss"] for epoch in metrics["epochs"]],
         "held_out_loss": [each["loss"] for each in held_out],
         "held_out_accuracy": [each["accuracy"] for each in held_out],
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         each = folder / "-".join(f"{name}={value}" for name, value in options.items())
         run(args.script, options, fixed, each)
         outcomes.append(outcome(options, each))
-    content = {"script": args.script, "fixed": fixed, "runs": outcomes}
+    content = {"script": args.script, "runs": outcomes}
     (folder / RESULTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table(outcomes)}\n\nWritten: {folder / RESULTS}")
     return 0
