@@ -4,8 +4,8 @@
 
 For each seed, `examples/sst2.py`'s recipe begins once: minilora injects, and PEFT loads the very same initial
 values from the folder that `save(format="peft")` writes. Then every batch is given to both, in turn, with the
-same random numbers for dropout; each step is timed, and the two change places from step to step. After every
-epoch both are measured on the held-out examples and on the validation split.
+same random numbers for dropout; each step is timed, and the two change places from step to step. At the end
+both are measured on the held-out examples and on the validation split.
 
 A seed that `--output` holds already, with the same recipe, is not run again.
 """
@@ -13,7 +13,6 @@ A seed that `--output` holds already, with the same recipe, is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -123,22 +122,13 @@ def run_seed(args: argparse.Namespace, seed: int, accelerator: Accelerator) -> t
     both = contestants(sources, args, steps, accelerator.device)
     loaders = {"held_out": batches.held_out, "reported": batches.reported}
     loaders = {name: accelerator.prepare(loader) for name, loader in loaders.items()}
-    accuracies: list[dict[str, Any]] = []
     for epoch in range(args.epochs):
-        train(
-            both,
-            batches,
-            accelerator,
-            first=epoch * len(batches.train),
-            title=f"seed {seed}, epoch {epoch + 1}",
-        )
-        accuracies.append(
-            {
-                name: {split: evaluate(accelerator, each.model, loader) for split, loader in loaders.items()}
-                for name, each in both.items()
-            }
-        )
-        print(f"seed {seed}, epoch {epoch + 1}: {json.dumps(accuracies[-1])}", flush=True)
+        title = f"seed {seed}, epoch {epoch + 1}"
+        train(both, batches, accelerator, first=epoch * len(batches.train), title=title)
+    final = {
+        name: {split: evaluate(accelerator, each.model, loader) for split, loader in loaders.items()}
+        for name, each in both.items()
+    }
     facts = {
         "model": sources.model_source.name,
         "data": sources.data_source.name,
@@ -148,7 +138,7 @@ def run_seed(args: argparse.Namespace, seed: int, accelerator: Accelerator) -> t
     losses = {name: each.losses for name, each in both.items()}
     seconds = {name: each.seconds for name, each in both.items()}
     environment = describe_environment(accelerator.device)
-    return Seed.of(seed, losses=losses, seconds=seconds, epochs=accuracies, environment=environment), facts
+    return Seed.of(seed, losses=losses, seconds=seconds, final=final, environment=environment), facts
 
 
 def train(

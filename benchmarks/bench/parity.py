@@ -35,8 +35,8 @@ class Seed:
     """By library, of all training steps."""
     ratio: list[float]
     """minilora's time for a step over the other's for the same step: quartile, median, quartile."""
-    epochs: list[dict[str, dict[str, dict[str, float]]]]
-    """By epoch, library and split: loss and accuracy."""
+    final: dict[str, dict[str, dict[str, float]]]
+    """By library and split: loss and accuracy at the end."""
     environment: dict[str, object]
 
     @classmethod
@@ -46,7 +46,7 @@ class Seed:
         *,
         losses: dict[str, list[float]],
         seconds: dict[str, list[float]],
-        epochs: list[dict[str, Any]],
+        final: dict[str, dict[str, dict[str, float]]],
         environment: dict[str, object],
     ) -> Seed:
         """Sum up what was measured at every step; the first library is timed against the second."""
@@ -62,7 +62,7 @@ class Seed:
             largest_smoothed_gap=max(smoothed),
             seconds={name: round(sum(each), 1) for name, each in seconds.items()},
             ratio=[round(value, 4) for value in statistics.quantiles(ratios, n=4)],
-            epochs=epochs,
+            final=final,
             environment=environment,
         )
 
@@ -97,8 +97,8 @@ def parity_text(parity: Parity) -> str:
         [
             str(seed.seed),
             name,
-            f"{last_epoch_loss(seed, name):.4f}",
-            *(f"{seed.epochs[-1][name][split]['accuracy']:.4f}" for split in SPLITS),
+            f"{last_epoch_loss(parity, seed, name):.4f}",
+            *(f"{seed.final[name][split]['accuracy']:.4f}" for split in SPLITS),
             f"{seed.seconds[name]:,.0f}",
         ]
         for seed in parity.seeds
@@ -131,16 +131,15 @@ def parity_text(parity: Parity) -> str:
     return f"# parity\n\n{facts}\n\n{grid(header, lines)}\n\n{grid(gap_header, gaps)}\n"
 
 
-def last_epoch_loss(seed: Seed, name: str) -> float:
+def last_epoch_loss(parity: Parity, seed: Seed, name: str) -> float:
     """Return the mean training loss of the last epoch."""
     curve = seed.curves[name]
-    steps = len(curve) // len(seed.epochs)
-    return statistics.mean(curve[-steps:])
+    return statistics.mean(curve[-(len(curve) // parity.recipe["epochs"]) :])
 
 
 def mean_and_spread(parity: Parity, name: str, split: str) -> tuple[float, float]:
     """Return the mean accuracy over the seeds and its standard deviation (0 for one seed)."""
-    values = [seed.epochs[-1][name][split]["accuracy"] for seed in parity.seeds]
+    values = [seed.final[name][split]["accuracy"] for seed in parity.seeds]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
