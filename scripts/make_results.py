@@ -92,10 +92,7 @@ def parity_accuracies() -> str:
             for split in ("held_out", "reported")
         ]
         lines.append(["mean ± standard deviation", name, "", *values])
-    header = ["seed", "library", "training loss, epoch 3"]
-    return grid(
-        [*header, f"held out ({counts['held_out']:,})", f"GLUE validation ({counts['reported']:,})"], lines
-    )
+    return grid(["seed", "library", "training loss, last epoch", *_splits(counts)], lines)
 
 
 def parity_gaps() -> str:
@@ -137,34 +134,85 @@ def imdb() -> str:
     return grid(["method", "trainable", "reviews", "training loss, epoch 3", "held out", "test"], lines)
 
 
+def full_sst2() -> str:
+    """SST-2 in full: one run, epoch by epoch."""
+    content = run("sst2-minilm-lora")
+    counts = content["data"]["examples"]
+    lines = [
+        [
+            str(epoch["epoch"]),
+            f"{epoch['train_loss']:.4f}",
+            f"{epoch['held_out']['accuracy']:.4f}",
+            f"{epoch['reported']['accuracy']:.4f}",
+        ]
+        for epoch in content["epochs"]
+    ]
+    header = ["after epoch", "training loss"]
+    return grid([*header, *_splits(counts)], lines) + "\n" + facts(content)
+
+
+def facts(content: dict[str, Any]) -> str:
+    """What else the record of a run says: parameters, the checks, the software."""
+    parameters, checks = content["parameters"], content["checks"]
+    share = 100 * parameters["trainable"] / parameters["base"]
+    told = [
+        f"trained: {parameters['trainable']:,} of {parameters['base']:,} parameters, {share:.2g} %",
+        *(
+            f"{name}: {check['differ']} of {checks['examples']} predictions differ, largest difference "
+            f"between logits {check['largest_difference']:.1e}"
+            for name, check in checks.items()
+            if isinstance(check, dict)
+        ),
+        f"gradients clipped to norm {norm:g}"
+        if (norm := content["arguments"].get("max_grad_norm"))
+        else "gradients not clipped",
+        ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
+    ]
+    return "".join(f"- {line}\n" for line in told)
+
+
+def _splits(counts: dict[str, int]) -> list[str]:
+    return [f"held out ({counts['held_out']:,})", f"GLUE validation ({counts['reported']:,})"]
+
+
 def fine_tunes() -> str:
     """README: what the two fine-tunes gave."""
+    lines = []
     parity = benchmark("parity-cpu")
-    seeds, counts = parity["seeds"], parity["facts"]["examples"]
+    counts = parity["facts"]["examples"]
 
     def accuracy(name: str) -> str:
         held_out, reported = (
-            spread([seed["final"][name][split]["accuracy"] for seed in seeds])
+            spread([seed["final"][name][split]["accuracy"] for seed in parity["seeds"]])
             for split in ("held_out", "reported")
         )
         return f"{held_out} held out, {reported} validation"
 
-    many = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    lines = [
+    seeds = len(parity["seeds"])
+    lines.append(
         [
-            f"SST-2 ({counts['train']:,} sentences), LoRA r = 4 on query and value, {many}",
+            f"SST-2, {counts['train']:,} sentences, LoRA, {seeds} seeds" if seeds > 1 else "SST-2, one seed",
             f"{parity['facts']['trainable']:,}",
             accuracy("minilora"),
             accuracy("PEFT"),
         ]
-    ]
-    names = {"lora": "LoRA", "adapter": "bottleneck adapters", "both": "both"}
-    for method, title in names.items():
+    )
+    full = run("sst2-minilm-lora")
+    both = (full["final"][split]["accuracy"] for split in ("held_out", "reported"))
+    lines.append(
+        [
+            f"SST-2 in full, {full['data']['examples']['train']:,} sentences, LoRA, one seed",
+            f"{full['parameters']['trainable']:,}",
+            "{:.4f} held out, {:.4f} validation".format(*both),
+            NOT_MEASURED,
+        ]
+    )
+    for method, title in {"lora": "LoRA", "adapter": "bottleneck adapters", "both": "both"}.items():
         content = run(f"imdb-minilm-{method}")
         examples = content["data"]["examples"]
         lines.append(
             [
-                f"IMDB ({examples['train']:,} reviews), {title}, one seed",
+                f"IMDB, {examples['train']:,} reviews, {title}, one seed",
                 f"{content['parameters']['trainable']:,}",
                 f"{content['final']['reported']['accuracy']:.4f} test ({examples['reported']:,})",
                 NOT_MEASURED,
@@ -221,6 +269,7 @@ def speeds() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "fine-tunes": fine_tunes,
     "speeds": speeds,
+    "sst2-in-full": full_sst2,
     "sst2-sweep": lambda: sweep("sst2-sweep"),
     "parity-accuracies": parity_accuracies,
     "parity-gaps": parity_gaps,
