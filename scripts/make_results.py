@@ -188,10 +188,10 @@ def fine_tunes() -> str:
         )
         return f"{held_out} held out, {reported} validation"
 
-    seeds = len(parity["seeds"])
+    seeds = f"{len(parity['seeds'])} seeds" if len(parity["seeds"]) > 1 else "one seed"
     lines.append(
         [
-            f"SST-2, {counts['train']:,} sentences, LoRA, {seeds} seeds" if seeds > 1 else "SST-2, one seed",
+            f"SST-2, {counts['train']:,} sentences, LoRA, {seeds}",
             f"{parity['facts']['trainable']:,}",
             accuracy("minilora"),
             accuracy("PEFT"),
