@@ -12,7 +12,6 @@ runs its own forward with W_eff as a value in W's place; `lora_linear` has the f
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ from torch import Tensor, nn
 
 from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
-from .functional import effective_bias, effective_weight
+from .functional import effective_weight
 from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
 from .module import bare_module, device_of, dtype_for, generator_for
-from .torch_internals import TransposedConvolution, is_compiling, own_parameters, own_tensors, put_parameter
+from .torch_internals import TransposedConvolution, own_tensors, put_parameter
 from .variants import dora
+from .variants.bias import effective_bias, shape_of_bias
 from .variants.initial import change_since, initial_values
 from .weight import EffectiveWeight
 
@@ -75,12 +75,7 @@ class LoRA(Mergeable):
     ) -> None:
         bare = bare_module(base)
         super().__init__(base, parameter)
-        weight = own_tensors(bare)[parameter]
-        if not is_plain(weight):
-            kind = type(weight).__name__
-            raise TargetError(
-                f"{parameter!r} of {type(bare).__name__} is a {kind} of {weight.dtype}, no weight"
-            )
+        weight = self.plain_parameter()
         if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, TransposedConvolution)):
             raise TargetError(f"dropout has no input to act on inside {type(bare).__name__}; set dropout=0")
         self._set_up(config, layout_of(bare, parameter, weight), site, device)
@@ -93,7 +88,6 @@ class LoRA(Mergeable):
         self.layout = layout
         self.scaling = config.scaling
         self._originals = None
-        self._told: set[str] = set()
         device, dtype = device or device_of(self.bare), dtype_for(self.bare, config.torch_dtype)
         shapes = (*layout.leading, config.r, layout.inputs), (*layout.leading, layout.outputs, config.r)
         for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
@@ -114,22 +108,10 @@ class LoRA(Mergeable):
             put_parameter(self, "lora_magnitude", nn.Parameter(magnitude))
         self.replaces = (self.parameter, *(("bias",) if config.lora_bias else ()))
         if config.lora_bias:
-            shape = self._shape_of_bias()
+            shape = shape_of_bias(self.bare, self.base, self.parameter, layout.outputs)
             put_parameter(self, "lora_bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.listen_to_state_dicts()
         self.reset_parameters(site)
-
-    def _shape_of_bias(self) -> tuple[int, ...]:
-        own = own_parameters(self.bare)
-        if self.parameter != "weight" or "bias" not in own:
-            raise TargetError(
-                f"the bias of B is added to a layer's, and {type(self.bare).__name__} has no place for one "
-                "(linear layers and convolutions have); leave it out, or set lora_bias=False"
-            )
-        if getattr(self.base, "bias", None) is not own["bias"]:
-            raise TargetError("its bias is trained in full as well; leave that out, or set lora_bias=False")
-        bias = own["bias"]
-        return (getattr(self.bare, "out_channels", self.layout.outputs),) if bias is None else bias.shape
 
     @torch.no_grad()
     def reset_parameters(self, site: str = "") -> None:
@@ -196,30 +178,12 @@ class LoRA(Mergeable):
         Raises:
             MiniLoRAError: when dropout is on, which would have no effect.
         """
-        site = self.site or type(self.bare).__name__
-        where = repr(f"{site.removesuffix(f'.{self.parameter}')}.{self.parameter}")
         if self.training and self.config.dropout:
             raise MiniLoRAError(
-                f"{where}: dropout has nothing to act on in {function}, which computes with the whole "
-                "weight; set dropout=0"
+                f"{self.called()}: dropout has nothing to act on in {function}, which computes with the "
+                "whole weight; set dropout=0"
             )
-        if is_compiling() or function in self._told:
-            return
-        self._told.add(function)
-        warnings.warn(
-            f"{where}: {function} has no low-rank rule, so W + scaling B A is formed, as large as W",
-            UserWarning,
-            stacklevel=5,
-        )
-
-    def placed_at(self, site: str) -> str:
-        """Return the module's name for its `weight`, else the parameter's."""
-        return site if self.parameter == "weight" else f"{site}.{self.parameter}"
-
-    def saved_state(self) -> dict[str, Tensor]:
-        """Return A, B and what goes with them, below the parameter's name unless that is "weight"."""
-        below = "" if self.parameter == "weight" else f"{self.parameter}."
-        return {below + name: tensor for name, tensor in own_tensors(self).items()}
+        super().tell_of_forming(function)
 
     def delta_weight(self) -> Tensor:
         """Return s B A, (..., out, in), in A's dtype, whatever the base's layout."""
@@ -251,8 +215,8 @@ class LoRA(Mergeable):
 
     def effective_values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return W_eff, and the effective bias where B has one, by their names in the base."""
-        moved = {"bias": self.effective_bias(dtype)} if self.config.lora_bias else {}
-        return super().effective_values(dtype) | moved
+        values = super().effective_values(dtype)
+        return {**values, "bias": self.effective_bias(dtype)} if self.config.lora_bias else values
 
     @property
     def bias(self) -> Tensor | None:

@@ -16,13 +16,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .config import LoRAConfig
 from .errors import TargetError
-from .functional import add_low_rank, effective_linear, prefers_weight_form
+from .functional import add_low_rank, prefers_weight_form
 from .layout import Layout
 from .linear import call_problem, computes_plainly, is_plain, linear_shape
 from .lora import LoRA
 from .module import InjectedModule, bare_module
 from .torch_internals import AttentionOutput, is_compiling, own_tensors
 from .variants.dora_linear import magnitude_linear
+from .variants.plain_linear import effective_linear
 
 
 class LoRALinear(LoRA):

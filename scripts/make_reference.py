@@ -12,17 +12,17 @@ import minilora
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 
 ROOMS = {
-    "Injecting": ["inject", "eject", "LoRAConfig", "AdapterConfig"],
+    "Injecting": ["inject", "eject", "LoRAConfig", "AdapterConfig", "RowsConfig"],
     "Training": [
-        *("freeze", "trainable_parameters", "parameter_groups", "disabled"),
+        *("freeze", "trainable_parameters", "parameter_groups", "disabled", "check_gradients"),
         *("summary", "Summary", "SummaryRow"),
     ],
-    "Merging": ["merge", "unmerge", "fuse"],
+    "Merging": ["merge", "unmerge", "fuse", "merge_loss"],
     "Files": ["save", "load", "adapter_state_dict"],
     "Many adapters": ["Bank", "combine", "Combination"],
     "What stands in a model": [
         *("InjectedModule", "LoRA", "LoRALinear", "Adapter"),
-        *("TrainableHead", "TrainedParameter", "FrozenStatistics"),
+        *("TrainableHead", "TrainedParameter", "TrainedRows", "FrozenStatistics"),
     ],
     "Errors": ["MiniLoRAError", "TargetError", "CheckpointError", "MergeError"],
 }

@@ -3,6 +3,7 @@
 LowRank    s B A, what a LoRA layer adds to its weight: two pairs of A and B may say the same; and s beta,
            what it adds to its bias, where B has one
 Rescaled   c (W + s B A), what DoRA makes of a weight: not a sum, since c depends on W
+Replaced   rows that take the place of others in a weight
 Values     the numbers themselves, of what has no such sum: a bottleneck, a module trained in full
 """
 
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..functional import effective_bias, effective_weight
+from ..functional import effective_weight
 from ..variants import dora
+from ..variants.bias import effective_bias
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ class LowRank:
         return effective_weight(weight, self.A, self.B, self.scaling, transposed=transposed, dtype=dtype)
 
     def added_to_bias(self, bias: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Return b + s beta, rounded once to `dtype`; b itself where B has no bias."""
-        return bias.to(dtype) if self.bias is None else effective_bias(bias, self.bias, self.scaling, dtype)
+        """Return b + s beta, rounded once to `dtype`. Only where B has a bias."""
+        assert self.bias is not None
+        return effective_bias(bias, self.bias, self.scaling, dtype)
 
     def _moved(self) -> Tensor:
         """Return s beta, (out,), in float64; a single zero where B has no bias."""
@@ -140,12 +143,53 @@ class Rescaled:
         )
 
 
-Update = LowRank | Rescaled | Values
+@dataclass(frozen=True)
+class Replaced:
+    """Rows in the place of some rows of a weight.
+
+    >>> Replaced((1,), torch.ones(1, 2)).added_to(torch.zeros(2, 2), transposed=False, dtype=torch.float32)
+    tensor([[0., 0.],
+            [1., 1.]])
+    """
+
+    rows: tuple[int, ...]
+    values: Tensor  # (rows, cols)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, cols)."""
+        return tuple(self.values.shape)
+
+    def fits(self, weight: tuple[int, ...], *, transposed: bool) -> bool:
+        """Return whether a weight of this shape has all of the rows."""
+        return not transposed and weight[1:] == self.shape[1:] and weight[0] > self.rows[-1]
+
+    def norm(self) -> float:
+        """Return the Euclidean norm, in float64."""
+        return Values({"": self.values}).norm()
+
+    def minus(self, other: Update) -> Values | None:
+        """Return the difference; None where they are not the same rows."""
+        if not isinstance(other, Replaced) or self.rows != other.rows:
+            return None
+        return Values({"": self.values}).minus(Values({"": other.values}))
+
+    def added_to(self, weight: Tensor, *, transposed: bool, dtype: torch.dtype) -> Tensor:
+        """Return the weight with the rows in their places, rounded once to `dtype`."""
+        rows = torch.tensor(self.rows, device="cpu")
+        return weight.to(dtype, copy=True).index_copy_(0, rows, self.values.to(dtype))
 
 
-def low_rank_of(update: LowRank | Rescaled) -> LowRank:
-    """Return what an update adds before anything is scaled."""
-    return update.low_rank if isinstance(update, Rescaled) else update
+OfWeight = LowRank | Rescaled | Replaced
+"""What makes another weight of a weight."""
+
+Update = OfWeight | Values
+
+
+def with_bias(update: OfWeight) -> LowRank | None:
+    """Return what an update adds to a weight and to a bias; None where it adds nothing to a bias."""
+    low_rank = update.low_rank if isinstance(update, Rescaled) else update
+    return low_rank if isinstance(low_rank, LowRank) and low_rank.bias is not None else None
 
 
 def _shapes(values: Values) -> dict[str, torch.Size]:
