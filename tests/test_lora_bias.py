@@ -31,7 +31,7 @@ REACHED = [
 on_reached = pytest.mark.parametrize("kind", REACHED, ids=lambda kind: kind.name)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
-    pytest.mark.filterwarnings("ignore:.*has no low-rank rule"),
+    pytest.mark.filterwarnings("ignore:.*has no rule"),
 ]
 CONFIG = LoRAConfig(r=2, lora_bias=True)
 

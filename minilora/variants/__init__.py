@@ -1,4 +1,4 @@
-"""Variants of low-rank adaptation, as pure functions of tensors; and weight forms with a backward of their own.
+"""Variants of low-rank adaptation, as pure functions of tensors, and weight forms with their own backward.
 
 initial.py        the initialisations of A and B, and the change since
 bias.py           a bias of B

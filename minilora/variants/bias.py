@@ -1,7 +1,7 @@
 """A bias of B: y = x W_eff^T + b + s beta, which is b + s beta in the place of b.
 
-beta, one number for each output, starts at zero and is trained beside A and B. The sum is a value in b's place, as
-W_eff is in W's: the base's own code adds it, whatever kind of layer that is.
+beta, one number for each output, starts at zero and is trained beside A and B. The sum is a value in b's
+place, as W_eff is in W's: the base's own code adds it, whatever kind of layer that is.
 """
 
 from __future__ import annotations
