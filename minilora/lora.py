@@ -210,8 +210,8 @@ class LoRA(Mergeable):
     def effective_bias(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return b + s beta, from the unmerged b; in b's dtype, or W's, unless another is given."""
         bias = self.unmerged("bias")
-        own = self.unmerged_weight().dtype if bias is None else bias.dtype
-        return effective_bias(bias, self.lora_bias, self.scaling, dtype or own)
+        own = next(filter(is_plain, (bias, self.unmerged_weight(), self.lora_bias)))  # W may be quantised
+        return effective_bias(bias, self.lora_bias, self.scaling, dtype or own.dtype)
 
     def effective_values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return W_eff, and the effective bias where B has one, by their names in the base."""

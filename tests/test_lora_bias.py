@@ -324,6 +324,32 @@ def test_compiles_in_one_graph():
         assert distance(compiled(x).detach(), model(x).detach()) < 1e-12
 
 
+class Packed(nn.Module):
+    """A base whose weight is integers, as quantisers make it."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.in_features, self.out_features = 8, 6
+        self.register_buffer("weight", torch.randint(-100, 100, (6, 8), dtype=torch.int8))
+        self.register_parameter("bias", nn.Parameter(torch.randn(6)) if bias else None)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 100, self.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quantised_base(bias):
+    model = minilora.inject(nn.Sequential(Packed(bias)), "0", CONFIG)
+    fill(model[0])
+    nn.init.zeros_(model[0].lora_B)
+    x, beta = torch.randn(3, 8), model[0].lora_bias.detach()
+    assert distance((model(x) - model[0].base(x)).detach(), (beta * model[0].scaling).expand(3, 6)) < 1e-5
+    moved = model[0].bias - (model[0].base.bias if bias else 0)
+    assert distance(moved.detach(), beta * model[0].scaling) < 1e-5
+    with unchanged(model), pytest.raises(minilora.MergeError, match="not a plain"):
+        minilora.merge(model)
+
+
 @pytest.mark.parametrize(
     ("layer", "target"),
     [

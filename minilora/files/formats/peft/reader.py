@@ -243,7 +243,8 @@ def _add_bias(
         return None
     if place.kind not in ("linear", "convolution"):
         return (
-            "lora_bias: PEFT has it for linear layers and convolutions; in attention it has no effect there"
+            "lora_bias: PEFT has it for linear layers and convolutions; in attention it has no effect or no "
+            "gradient there"
         )
     if (entry := found.biases_of_B.get(path)) is None:
         return "lora_bias: no lora_B.bias in the file"
