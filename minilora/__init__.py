@@ -24,6 +24,7 @@ from .merging import fuse, merge, unmerge
 from .module import InjectedModule
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
+from .trainers.checkpoints import slim_checkpoints
 from .training import disabled, freeze, parameter_groups, trainable_parameters
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ __all__ = [
     "merge_loss",
     "parameter_groups",
     "save",
+    "slim_checkpoints",
     "summary",
     "trainable_parameters",
     "unmerge",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import is_float_dtype, plain_dtype
 from .errors import MergeError, MiniLoRAError, quoted, several
+from .followers import tell_followers
 from .mergeable import Mergeable
 from .module import InjectedModule
 from .problems import Problems
@@ -125,6 +126,7 @@ def fuse(
         replace_modules(model, plain)
     if to is not None:
         _cast(model, to)
+    tell_followers(model)
     return model
 
 

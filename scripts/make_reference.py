@@ -15,6 +15,7 @@ ROOMS = {
     "Injecting": ["inject", "eject", "LoRAConfig", "AdapterConfig"],
     "Training": [
         *("freeze", "trainable_parameters", "parameter_groups", "disabled", "check_gradients"),
+        "slim_checkpoints",
         *("summary", "Summary", "SummaryRow"),
     ],
     "Merging": ["merge", "unmerge", "fuse", "merge_loss"],

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..bank import combine
 from ..errors import CheckpointError, MiniLoRAError
 from ..files.contents import Contents
-from ..files.formats import native, peft
+from ..files.formats import native, peft, trainer
 from ..files.loading import read
 from ..files.tensors import FLOAT_DTYPES
 from . import terminal
@@ -157,7 +157,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Exit]] = {
 
 def _read(path: Path) -> Contents:
     """Return what an adapter file holds, and tell what its format has to tell."""
-    if path.is_dir() and not (path / peft.CONFIG_FILE).exists():
+    if _format(path) == "peft" and path.is_dir() and not (path / peft.CONFIG_FILE).exists():
         if any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
             raise CheckpointError(
                 f"{str(path)!r} is a base model's folder, and no adapter's: a base is given with --base"
@@ -177,12 +177,15 @@ def _read_whole(path: Path) -> Contents:
 
 
 def _format(path: Path) -> str:
+    if trainer.is_checkpoint(path):
+        return "trainer"
     return "peft" if path.is_dir() else "minilora"
 
 
 def _size(path: Path) -> int:
     if path.is_dir():
-        return sum((path / name).stat().st_size for name in (peft.CONFIG_FILE, peft.TENSOR_FILE))
+        room = trainer if _format(path) == "trainer" else peft
+        return sum((path / name).stat().st_size for name in (room.CONFIG_FILE, room.TENSOR_FILE))
     return path.stat().st_size
 
 

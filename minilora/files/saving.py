@@ -39,7 +39,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> list(minilora.adapter_state_dict(model))
         ['0.lora_A', '0.lora_B']
     """
-    return {key: tensor.detach() for key, tensor in saved_tensors(_saveable(require_injected(model))).items()}
+    return {key: tensor.detach() for key, tensor in saved_tensors(saveable(require_injected(model))).items()}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat = "minilora") -> None:
@@ -82,7 +82,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
     require_format(format)
     require_unwrapped(model)
     sites = Sites(model)
-    injected = _saveable(sites.injected() or require_injected(model))
+    injected = saveable(sites.injected() or require_injected(model))
     contents = contents_of(injected)
     if thawed := thawed_parameters(model, added_tensors(injected)):
         warnings.warn(
@@ -163,7 +163,7 @@ def write(target: Path, contents: Contents, sites: Sites | None, format: WriteFo
         native.write(target, contents)
 
 
-def _saveable(injected: dict[str, Site]) -> dict[str, Site]:
+def saveable(injected: dict[str, Site]) -> dict[str, Site]:
     """Return some sites, or raise where what is trained at one of them has no place in a file of its own.
 
     Raises:
