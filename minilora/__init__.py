@@ -25,6 +25,7 @@ from .module import InjectedModule
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
 from .trainers.checkpoints import slim_checkpoints
+from .trainers.weights import merged_weights
 from .training import disabled, freeze, parameter_groups, trainable_parameters
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "load",
     "merge",
     "merge_loss",
+    "merged_weights",
     "parameter_groups",
     "save",
     "slim_checkpoints",

@@ -40,7 +40,7 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
         >>> minilora.merge(model)[0].merged
         True
     """
-    wrappers = _mergeable(require_enabled(model, "merge"), skip_adapters)
+    wrappers = mergeable(require_enabled(model, "merge"), skip_adapters)
     wrappers = [wrapper for wrapper in wrappers if not wrapper.merged]
     try:
         for wrapper in wrappers:
@@ -114,7 +114,7 @@ def fuse(
             f"fuse casts to floating-point dtypes, not to {dtype!r}; the model has not been changed"
         )
     injected = require_enabled(model, "fuse")
-    wrappers = _mergeable(injected, skip_adapters, to)
+    wrappers = mergeable(injected, skip_adapters, to)
     if to is not None and (problems := _beyond(model, to, wrappers)):
         raise MergeError(several(problems, outcome="the model has not been changed"))
     _warn_of_loosened_ties(model, injected, wrappers)
@@ -130,7 +130,7 @@ def fuse(
     return model
 
 
-def _mergeable(
+def mergeable(
     injected: dict[str, Site], skip_adapters: bool, dtype: torch.dtype | None = None
 ) -> list[InjectedModule]:
     """Return the wrappers to merge, or raise with every reason why some cannot be."""

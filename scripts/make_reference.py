@@ -18,7 +18,7 @@ ROOMS = {
         "slim_checkpoints",
         *("summary", "Summary", "SummaryRow"),
     ],
-    "Merging": ["merge", "unmerge", "fuse", "merge_loss"],
+    "Merging": ["merge", "unmerge", "fuse", "merged_weights", "merge_loss"],
     "Files": ["save", "load", "adapter_state_dict"],
     "Many adapters": ["Bank", "combine", "Combination"],
     "What stands in a model": [

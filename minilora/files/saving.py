@@ -28,18 +28,31 @@ from .tensors import is_finite
 WriteFormat = Literal["minilora", "peft"]
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return what was trained, by the names that `save` writes; detached, sharing memory with the model.
+def adapter_state_dict(model: nn.Module, *, format: WriteFormat = "minilora") -> dict[str, Tensor]:
+    """Return what was trained, by the names that `save` writes.
+
+    Args:
+        model: an injected model.
+        format: "minilora", or "peft" for the tensors of a PEFT folder, to send to a server that has the rest.
+
+    Returns:
+        The tensors, detached. They share memory with the model, but those that PEFT lays out otherwise.
 
     Raises:
-        MiniLoRAError: when the model carries no injection.
+        CheckpointError: when PEFT's format cannot express what the model carries, or a tensor that it would
+            hold is not finite, or has no values (meta).
+        MiniLoRAError: when the model carries no injection, or the format is none.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0", minilora.LoRAConfig(r=1))
         >>> list(minilora.adapter_state_dict(model))
         ['0.lora_A', '0.lora_B']
     """
-    return {key: tensor.detach() for key, tensor in saved_tensors(saveable(require_injected(model))).items()}
+    require_format(format)
+    injected = saveable(require_injected(model))
+    if format == "peft":
+        return peft.composed(contents_of(injected), Sites(model)).tensors
+    return {key: tensor.detach() for key, tensor in saved_tensors(injected).items()}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat = "minilora") -> None:

@@ -23,6 +23,6 @@ card.py       README.md
 from .config import CONFIG_FILE
 from .keys import PREFIX
 from .reader import TENSOR_FILE, reading, tensor_file
-from .writer import write
+from .writer import composed, write
 
-__all__ = ["CONFIG_FILE", "PREFIX", "TENSOR_FILE", "reading", "tensor_file", "write"]
+__all__ = ["CONFIG_FILE", "PREFIX", "TENSOR_FILE", "composed", "reading", "tensor_file", "write"]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ....sites import Sites
 from ....variants.initial import change_since
 from ...atomic import new_folder, write_together, write_whole
 from ...contents import Contents
-from ...tensors import Entry, chunks_of, entries_of
+from ...tensors import chunks_of, entries_of
 from .. import native
 from .card import CARD_FILE, may_be_replaced, model_card
 from .config import CONFIG_FILE, PeftLoraConfig
@@ -44,6 +45,41 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
     Raises:
         CheckpointError: listing what PEFT's format cannot express; nothing is written.
         OSError: when the folder cannot be written.
+    """
+    made = composed(contents, sites, path)
+    files: dict[str, Iterable[bytes | bytearray]] = {
+        TENSOR_FILE: chunks_of(entries_of(made.tensors), made.metadata)
+    }
+    if may_be_replaced(path / CARD_FILE):
+        files[CARD_FILE] = [model_card(made.config, made.manifest).encode()]
+    files[CONFIG_FILE] = [json.dumps(made.config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
+    if path.is_dir():
+        write_together(path, files)
+    else:
+        with new_folder(path) as folder:
+            for name, chunks in files.items():
+                write_whole(folder / name, chunks)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What stands in the files of a PEFT folder."""
+
+    tensors: dict[str, Tensor]
+    """By PEFT's names."""
+    metadata: dict[str, str]
+    """Of the tensors' header."""
+    config: dict[str, Any]
+    """The JSON of `adapter_config.json`."""
+    manifest: Manifest
+    """What was asked for, as PEFT knows it."""
+
+
+def composed(contents: Contents, sites: Sites | None, path: Path = Path("adapter")) -> Composed:
+    """Return what `write` writes; the arguments are its own, the path for messages.
+
+    Raises:
+        CheckpointError: listing what PEFT's format cannot express.
     """
     contents = _without_starts(contents)
     configs: Configs = {
@@ -77,17 +113,7 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         place.target for place in places if place.kind != "attention output"
     )
     metadata = native.header(tensors, {MEANING_KEY: meaning}, contents.base)
-    entries: dict[str, Entry] = entries_of(tensors)
-    files: dict[str, Iterable[bytes | bytearray]] = {TENSOR_FILE: chunks_of(entries, metadata)}
-    if may_be_replaced(path / CARD_FILE):
-        files[CARD_FILE] = [model_card(config, contents.manifest).encode()]
-    files[CONFIG_FILE] = [json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
-    if path.is_dir():
-        write_together(path, files)
-    else:
-        with new_folder(path) as folder:
-            for name, chunks in files.items():
-                write_whole(folder / name, chunks)
+    return Composed(tensors, metadata, config, contents.manifest)
 
 
 def _without_starts(contents: Contents) -> Contents:
