@@ -92,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--to", choices=("minilora", "peft"), default="minilora", help="the new format (default: minilora)"
     )
+    command.add_argument(
+        "--portable", action="store_true", help="with --to peft: what every server reads alike, LoRA alone"
+    )
 
     command = _command(
         commands,

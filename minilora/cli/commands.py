@@ -89,8 +89,10 @@ def _diff(arguments: argparse.Namespace) -> Exit:
 
 
 def _convert(arguments: argparse.Namespace) -> Exit:
+    if arguments.portable and arguments.to != "peft":
+        raise MiniLoRAError("--portable goes with --to peft, which servers read")
     contents = _read_whole(arguments.source)
-    if _format(arguments.source) == arguments.to:
+    if _format(arguments.source) == arguments.to and not arguments.portable:
         raise CheckpointError(f"{str(arguments.source)!r} is in {arguments.to}'s format already")
     if arguments.target.exists():
         raise CheckpointError(
@@ -99,7 +101,7 @@ def _convert(arguments: argparse.Namespace) -> Exit:
     if arguments.to == "minilora":
         native.write(arguments.target, contents)
         return Exit.DONE
-    peft.write(arguments.target, contents)
+    peft.write(arguments.target, contents, portable=arguments.portable)
     if contents.manifest.trainable:
         terminal.say(
             "note: PEFT takes any module whose name ends with one of "

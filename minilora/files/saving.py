@@ -55,7 +55,13 @@ def adapter_state_dict(model: nn.Module, *, format: WriteFormat = "minilora") ->
     return {key: tensor.detach() for key, tensor in saved_tensors(injected).items()}
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat = "minilora") -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    format: WriteFormat = "minilora",
+    portable: bool = False,
+) -> None:
     """Write what was trained, with its configuration and a fingerprint of its base. Inverse: `load`.
 
     "minilora" is one `.safetensors` file. It is written beside its final place, flushed to disk, and then
@@ -73,10 +79,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
         path: of the file or the folder; the folder it goes in exists. The mode of a file that is there
             already is kept, and a symbolic link is followed.
         format: "minilora" or "peft".
+        portable: with "peft", write what every server reads alike: the scaling in B, in float32, alpha = r,
+            and one rank for all sites, filled up with zeros to one that vLLM takes. LoRA on linear layers and
+            embeddings alone.
 
     Raises:
-        CheckpointError: when a tensor is not finite, or has no values (meta), or the format cannot express
-            what the model carries; nothing is written.
+        CheckpointError: when a tensor is not finite, or has no values (meta), or the format, or being
+            portable, cannot express what the model carries; nothing is written.
         MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP or `torch.compile`, or
             an argument is wrong.
         OSError: when the file cannot be written; what was there before still is.
@@ -92,7 +101,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     target = path_for(path, model, call="save(model, path)")
-    require_format(format)
+    require_format(format, portable=portable)
     require_unwrapped(model)
     sites = Sites(model)
     injected = saveable(sites.injected() or require_injected(model))
@@ -104,7 +113,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
             UserWarning,
             stacklevel=2,
         )
-    write(target, contents, sites, format)
+    write(target, contents, sites, format, portable=portable)
 
 
 def _to_save_it(sites: Sites, thawed: Mapping[str, nn.Parameter], limit: int = 8) -> str:
@@ -129,12 +138,14 @@ def _to_save_it(sites: Sites, thawed: Mapping[str, nn.Parameter], limit: int = 8
     )
 
 
-def require_format(format: str) -> None:
-    """Raise for a format that is not written.
+def require_format(format: str, *, portable: bool = False) -> None:
+    """Raise for a format that is not written, or cannot be portable.
 
     Raises:
         MiniLoRAError: naming those that are.
     """
+    if portable and format != "peft":
+        raise MiniLoRAError('portable goes with format="peft", which servers read')
     if format not in get_args(WriteFormat):
         raise MiniLoRAError(f"format must be one of {quoted(get_args(WriteFormat))}, not {format!r}")
 
@@ -157,7 +168,9 @@ def contents_of(injected: Mapping[str, Site]) -> Contents:
     return Contents(Manifest.of(injected), tensors, base=Fingerprint.of(injected))
 
 
-def write(target: Path, contents: Contents, sites: Sites | None, format: WriteFormat) -> None:
+def write(
+    target: Path, contents: Contents, sites: Sites | None, format: WriteFormat, *, portable: bool = False
+) -> None:
     """Write a file in one of the formats.
 
     Args:
@@ -165,13 +178,14 @@ def write(target: Path, contents: Contents, sites: Sites | None, format: WriteFo
         contents: of the file.
         sites: of the model, if there is one, by which PEFT's names are chosen.
         format: as `save` takes it.
+        portable: as `save` takes it.
 
     Raises:
         CheckpointError: when the format cannot express what there is; nothing is written.
         OSError: when the file cannot be written.
     """
     if format == "peft":
-        peft.write(target, contents, sites)
+        peft.write(target, contents, sites, portable=portable)
     else:
         native.write(target, contents)
 

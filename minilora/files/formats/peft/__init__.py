@@ -13,6 +13,7 @@ header, which PEFT and vLLM do not read.
 
 reader.py     from the two files to what they announce
 writer.py     from an adapter to the files
+portable.py   an adapter of the fewest words, for servers
 config.py     what the config says, and which of its fields can be honoured
 fields.py     a JSON object's fields, each checked as it is taken
 matching.py   PEFT's rules for names, followed to the letter

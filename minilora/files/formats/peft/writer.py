@@ -27,12 +27,13 @@ from .config import CONFIG_FILE, PeftLoraConfig
 from .matching import Expressions, LooseEnds, around_left_out, expression_problem, inner_parts
 from .places import WITHOUT_DROPOUT, Place
 from .placing import Configs, as_read, placed
+from .portable import made_portable, not_portable
 from .reader import MEANING_KEY, TENSOR_FILE, announced, peft_tensors, trained_biases
 from .task import task_of
 from .wording import worded
 
 
-def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
+def write(path: Path, contents: Contents, sites: Sites | None = None, *, portable: bool = False) -> None:
     """Write a folder that PEFT and vLLM load. Inverse: `reading`.
 
     Args:
@@ -41,12 +42,13 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         contents: LoRA sites and modules trained in full; PEFT has no bottleneck adapters.
         sites: of the model that carries them. They are needed for target names shorter than full ones, and to
             know that PEFT's patterns will match nothing else; None goes by the names alone.
+        portable: write what every server reads alike, as `portable` has it.
 
     Raises:
-        CheckpointError: listing what PEFT's format cannot express; nothing is written.
+        CheckpointError: listing what PEFT's format cannot express, or no server takes; nothing is written.
         OSError: when the folder cannot be written.
     """
-    made = composed(contents, sites, path)
+    made = composed(contents, sites, path, portable=portable)
     files: dict[str, Iterable[bytes | bytearray]] = {
         TENSOR_FILE: chunks_of(entries_of(made.tensors), made.metadata)
     }
@@ -75,13 +77,17 @@ class Composed:
     """What was asked for, as PEFT knows it."""
 
 
-def composed(contents: Contents, sites: Sites | None, path: Path = Path("adapter")) -> Composed:
+def composed(
+    contents: Contents, sites: Sites | None, path: Path = Path("adapter"), *, portable: bool = False
+) -> Composed:
     """Return what `write` writes; the arguments are its own, the path for messages.
 
     Raises:
         CheckpointError: listing what PEFT's format cannot express.
     """
     contents = _without_starts(contents)
+    if portable:
+        contents = made_portable(contents)
     configs: Configs = {
         site: config
         for config, names in contents.manifest.injections
@@ -102,6 +108,8 @@ def composed(contents: Contents, sites: Sites | None, path: Path = Path("adapter
         raise CheckpointError(several(problems, outcome="nothing has been written"))
     tensors = peft_tensors({**contents.tensors, **_frozen_but_caught(heads, sites)}, places)
     config = worded(contents, places, configs, sites, bias=bias, heads=heads)
+    if portable and (problems := list(not_portable(places, config["target_modules"]))):
+        raise CheckpointError(several(problems, outcome="nothing has been written"))
     expected = as_read(places, configs)
     if problems := _said_otherwise(path, config, tensors, expected, sites):
         raise CheckpointError(several(problems, outcome="nothing has been written"))
