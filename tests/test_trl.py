@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, unmodified, on an injected Llama: bfloat16, activations checkpointed, slim checkpoints."""
+"""TRL's SFTTrainer, unmodified, on an injected Llama: bfloat16, checkpointed activations."""
 
 from __future__ import annotations
 
