@@ -40,7 +40,9 @@ wheel-check: $(VENV)/.dev  ## Build the wheel and use it in a fresh environment
 	bash scripts/wheel_check.sh $(RUN)
 
 docs: $(VENV)/.docs  ## Build the documentation into site/
-	$(RUN) -m mkdocs build --strict
+	@rm -rf site
+	$(RUN) -m sphinx -q --fail-on-warning -d build/doctrees docs site
+	@echo "Read site/index.html"
 
 clean:  ## Remove caches and build output (rm -r .venv removes the environment)
 	rm -rf build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
