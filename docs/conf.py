@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from docutils import nodes
@@ -14,10 +15,11 @@ from sphinx.util.inspect import signature, stringify_signature
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # so that the reference is of this checkout
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nothing here needs it
 
 NAVIGATION = {
     "Guide": [
-        *("quickstart", "targets", "kinds", "training", "saving", "merging", "adapters"),
+        *("quickstart", "gallery", "targets", "kinds", "training", "saving", "merging", "adapters"),
         *("many-adapters", "coming-from-peft", "faq"),
     ],
     "Reference": ["reference", "files"],
@@ -76,13 +78,14 @@ def google_style(app: Sphinx, what: str, name: str, value: object, options: obje
 
 
 class Columns(SphinxPostTransform):
-    """Mark printed text that stands in columns: it is scrolled where it is too wide, and other text wraps."""
+    """Mark printed text that stands in columns: it is scrolled where it is too wide; all else wraps."""
 
     default_priority = 500
 
     def run(self) -> None:
         for block in self.document.findall(nodes.literal_block):
-            if re.search(r"\S {2,}\S|[─│├└┬┴]", block.astext()):
+            printed = block["language"] in ("output", "text")
+            if printed and re.search(r"\S {2,}\S|[─│├└┬┴]", block.astext()):
                 block["classes"].append("columns")
 
 

@@ -225,7 +225,7 @@ class LoRA(Mergeable):
         return effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=dtype)
 
     def reach(self) -> Tensor:
-        """Return a bound on the values of s B A: the largest sum of a row of abs(B), times the largest abs(A).
+        """Return a bound on the values of s B A: the largest row sum of abs(B), times the largest of abs(A).
 
         With DoRA, on those of c V - W: no value of c V exceeds the largest magnitude.
         """

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -135,6 +137,51 @@ def test_how_it_works_names_every_file_of_the_core_and_no_other():
         assert all(row[f"{name}.py"] >= row[file] for name in imported(path.stem, path)), file
 
 
+# Links and drawings
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    found = re.findall(r"^#+ (.*)$", FENCE.sub("", text), flags=re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line)) for line in found)
+    return {line.lower().replace(" ", "-") for line in plain}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the links and pictures of a page that lead nowhere; other hosts are not asked."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return [t for t in targets if "://" not in t and not t.startswith("mailto:") and not leads(page, t)]
+
+
+def leads(page: Path, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    file = page.parent / path if path else page
+    if not anchor or not file.exists():
+        return file.exists()
+    if file == REFERENCE and anchor.startswith("minilora."):
+        return anchor.split(".")[1] in minilora.__all__
+    return anchor in headings(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("[be]*/**/*.md")],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_links_lead_somewhere(path):
+    """As GitHub shows the pages; the build of the site checks them there."""
+    assert broken_links(path) == []
+
+
+def test_the_drawings_are_what_the_script_draws():
+    drawn = runpy.run_path(str(ROOT / "scripts" / "drawings.py"))
+    files = {path.stem: path.read_text(encoding="utf-8") for path in drawn["FOLDER"].glob("*.svg")}
+    assert files == {name: draw().svg() for name, draw in drawn["DRAWINGS"].items()}
+    for text in files.values():
+        assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+
+
 # Tests of the tests
 
 
@@ -155,6 +202,14 @@ def test_every_fence_is_understood():
         blocks = blocks_of(text)
         assert {block.info for block in blocks} <= known, path
         assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(blocks), path
+
+
+def test_a_link_that_leads_nowhere_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `b`, [c](page.md) & d\n\n[1](page.md#a-b-c--d) [2](#a) ![3](no.png)\n```\n[4](no)\n```\n"
+    )
+    assert broken_links(page) == ["#a", "no.png"]
 
 
 def test_a_failing_block_fails(tmp_path):
