@@ -204,6 +204,21 @@ def test_every_fence_is_understood():
         assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(blocks), path
 
 
+COLUMNS = re.compile(r"\S {2,}\S|[─│├└┬┴]")
+"""Printed text in columns, which the site scrolls (docs/conf.py has the same); all else wraps there."""
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_code_fits_the_page(path):
+    """80 columns of code and 98 of what stands in columns, as many as the site shows at 1300 pixels."""
+    for block in blocks_of(path.read_text(encoding="utf-8")):
+        widest = max(map(len, block.code.splitlines()), default=0)
+        if block.info.startswith("python"):
+            assert widest <= 80, f"{path}:{block.line}"
+        elif COLUMNS.search(block.code):
+            assert widest <= 98, f"{path}:{block.line}"
+
+
 def test_a_link_that_leads_nowhere_is_seen(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
