@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,6 +250,17 @@ def test_the_tables_of_results_are_what_their_samples_say(bench, path):
         made = bench.tables.Table.from_dict(table)
         ratios = [spread and spread.to_dict() for spread in map(made.ratio, made.rows)]
         assert ratios == [row["ratio"] for row in table["rows"]]
+
+
+def test_the_page_says_what_the_results_say(bench):
+    """Every ratio with quartiles of docs/performance.md stands in a result."""
+    page = (FOLDER.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    told = re.findall(r"\d+\.\d{3} \[\d+\.\d{3}–\d+\.\d{3}\]", page)
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in (FOLDER / "results").glob("*.json")]
+    rows = [row for report in reports for table in report.get("tables", []) for row in table["rows"]]
+    spreads = [bench.ratios.Spread(*row["ratio"].values()) for row in rows if row["ratio"]]
+    assert len(told) > 100
+    assert set(told) <= {bench.markdown.ratio_text(spread) for spread in spreads}
 
 
 def test_results_are_redrawn(script, tmp_path):

@@ -59,11 +59,17 @@ def draw(tables: Sequence[Table]) -> Figure:
     axes = figure.subplots(len(tables), squeeze=False, height_ratios=heights)[:, 0]
     for table, ax in zip(tables, axes, strict=True):
         (_draw_bars if _drawn_as_bars(table) else _draw_lines)(ax, table)
-        ax.set_title(textwrap.fill(heading(table), 62), fontsize=9, loc="left", x=0)
+        ax.set_title(_in_lines(heading(table)), fontsize=9, loc="left", x=0)
         ax.grid(alpha=0.25)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _in_lines(settings: str, width: int = 62) -> str:
+    """Break a title between settings, not within one."""
+    whole = ", ".join(setting.replace(" ", "\N{NO-BREAK SPACE}") for setting in settings.split(", "))
+    return textwrap.fill(whole, width, break_on_hyphens=False)
 
 
 def _drawn_as_bars(table: Table) -> bool:
