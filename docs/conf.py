@@ -42,6 +42,7 @@ autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["copy.js"]
@@ -84,7 +85,7 @@ class Columns(SphinxPostTransform):
 
     def run(self) -> None:
         for block in self.document.findall(nodes.literal_block):
-            printed = block["language"] in ("output", "text")
+            printed = block["language"] not in ("python", "bash", "pycon", "json")
             if printed and re.search(r"\S {2,}\S|[─│├└┬┴]", block.astext()):
                 block["classes"].append("columns")
 
