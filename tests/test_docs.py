@@ -126,6 +126,11 @@ def kind_of(value: object) -> str:
     return "exception" if issubclass(value, Exception) else "class"
 
 
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {minilora.__version__}\n" in citation
+
+
 def test_how_it_works_names_every_file_of_the_core_and_no_other():
     table = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8").split("| file | has |")[1]
     rows = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
