@@ -66,7 +66,7 @@ def sum_with_product(
         A new tensor of the weight's shape, differentiable in all three tensors.
     """
     exact = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
-    with _without_autocast(weight):  # which would round the product to 16 bits
+    with without_autocast(weight):  # which would round the product to 16 bits
         if left.dim() == 2:
             flat = weight.to(exact).reshape(left.shape[0], -1)
             result = torch.addmm(flat, left.to(exact), right.to(exact), alpha=scaling)
@@ -154,7 +154,8 @@ def effective_linear(
     return _EffectiveLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which products are formed in the dtypes of their factors."""
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -208,7 +209,7 @@ class _EffectiveLinear(torch.autograd.Function):
         s, transposed = ctx.scaling, ctx.transposed
         needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 4, 5))
         dx = dA = dB = None
-        with _without_autocast(g):
+        with without_autocast(g):
             if needs_x:
                 if w_eff is None or torch.is_grad_enabled():  # a second derivative goes through A and B
                     w_eff = effective_weight(weight, lora_A, lora_B, s, transposed=transposed, dtype=g.dtype)

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import dora
 from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import effective_weight
-from .initial import change_since, initial_values
 from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
 from .module import bare_module, device_of, dtype_for, generator_for
 from .torch_internals import TransposedConvolution, is_compiling, own_tensors, put_parameter
+from .variants import dora
+from .variants.initial import change_since, initial_values
 from .weight import EffectiveWeight
 
 

@@ -22,6 +22,7 @@ from .linear import call_problem, computes_plainly, is_plain, linear_shape
 from .lora import LoRA
 from .module import InjectedModule, bare_module
 from .torch_internals import AttentionOutput, is_compiling, own_tensors
+from .variants.dora_linear import magnitude_linear
 
 
 class LoRALinear(LoRA):
@@ -66,17 +67,19 @@ class LoRALinear(LoRA):
         if self.merged or not self.enabled:
             self.require_unmerged_to_train()
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
-        return self.rescaled(self._with_low_rank(*args, **kwargs))  # type: ignore[no-any-return]
-
-    def _with_low_rank(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return x (W + s B A)^T + b, in the form that is right and cheaper here."""
-        if len(args) == 1 and not kwargs and self._takes_weight_form(x := args[0]):
-            weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
-            return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
+        if len(args) == 1 and not kwargs and self._takes_weight_form(args[0]):
+            return self._in_weight_form(args[0])
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = args[0] if args else next(iter(kwargs.values()))
         x = F.dropout(x, self.config.dropout, self.training)
-        return add_low_rank(y, x, *self.factors(), self.scaling)
+        return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling))  # type: ignore[no-any-return]
+
+    def _in_weight_form(self, x: Tensor) -> Tensor:
+        weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
+        if self.config.dora:
+            m = self.lora_magnitude
+            return magnitude_linear(x, weight, self.bias, A, B, self.scaling, m, transposed=transposed)
+        return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
 
     def _takes_weight_form(self, x: Tensor) -> bool:
         """Return whether W_eff may stand for the base's own call here, and is the cheaper way."""

@@ -430,6 +430,14 @@ def test_train_speed(script, tmp_path):
         assert full["memory_bytes"] > rows[None, "minilora"]["memory_bytes"] > bound["memory_bytes"]
 
 
+def test_train_speed_of_dora(script, tmp_path):
+    options = ["--targets", "qv", "--precision", "fp32", "--dora"]
+    (table,) = run(script("train_speed"), tmp_path / "result.json", *options)
+    assert table["reference"] == "minilora"
+    for (_, name), row in rows_of(table).items():
+        assert (row["not_measured"] is None) == installed(name.removesuffix(" DoRA")), row
+
+
 def test_train_speed_sweeps(script, tmp_path):
     train_speed = script("train_speed")
     (table,) = run(train_speed, tmp_path / "result.json", "--targets", "qv", "--sweep", "tokens")

@@ -26,9 +26,9 @@ from ..files.fingerprint import Fingerprint, compare
 from ..files.loading import read
 from ..files.paths import path_for
 from ..files.saving import WriteFormat, require_format, write
-from ..initial import change_since
 from ..manifest import Manifest, grouped
 from ..names import described, natural, outermost_of
+from ..variants.initial import change_since
 from .bank import Bank
 
 

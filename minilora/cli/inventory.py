@@ -14,10 +14,10 @@ from ..adapter import Adapter
 from ..config import Config, LoRAConfig
 from ..errors import quoted
 from ..files.contents import Contents
-from ..initial import change_since
 from ..lora import LoRA
 from ..names import outermost_of
 from ..trained import TrainableHead
+from ..variants.initial import change_since
 from .updates import LowRank, Rescaled, Update, Values
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import dora
 from ..functional import effective_weight
+from ..variants import dora
 
 
 @dataclass(frozen=True)

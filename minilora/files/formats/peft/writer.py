@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ....config import LoRAConfig
 from ....errors import CheckpointError, several
-from ....initial import change_since
 from ....manifest import Manifest
 from ....names import above, described, natural
 from ....sites import Sites
+from ....variants.initial import change_since
 from ...atomic import new_folder, write_together, write_whole
 from ...contents import Contents
 from ...tensors import Entry, chunks_of, entries_of
