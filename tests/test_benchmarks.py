@@ -236,6 +236,13 @@ def test_an_outlier_squashes_no_plot(bench):
     assert ax.get_xlabel() == "x; bands: quartiles, cut off at the edge (as far as 5.10)"
 
 
+@pytest.mark.parametrize("point", [None, "load", 1])
+def test_a_table_in_which_nothing_was_measured_is_drawn(bench, point):
+    rows = [bench.tables.Row(name="base", point=point, reason="it is not installed")]
+    table = bench.tables.Table(title="", axis=point and "x", reference="base", rows=rows)
+    assert len(bench.plots.draw([table]).axes) == 1
+
+
 def test_ratios_of_another_order_are_drawn_by_their_logarithm(bench):
     for ratio, scale in ((2.0, "linear"), (200.0, "log"), (0.01, "log")):
         rows = [bench.tables.Row(name=n, samples=[s]) for n, s in (("base", 1.0), ("other", ratio))]

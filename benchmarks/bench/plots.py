@@ -89,7 +89,7 @@ def _draw_bars(ax: Axes, table: Table) -> None:
         textwrap.fill(row.name if row.point is None else f"{row.point}: {row.name}", 24) for row, _ in drawn
     ]
     medians = [ratio.median for _, ratio in drawn]
-    wide = max(medians) > SPAN * min(medians)
+    wide = bool(medians) and max(medians) > SPAN * min(medians)
     start = 1 if wide else 0  # a logarithm has no zero to start from: bars go from the reference
     for label, (row, ratio) in zip(labels, drawn, strict=True):
         error = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
@@ -136,11 +136,14 @@ def _draw_lines(ax: Axes, table: Table) -> None:
     ax.tick_params(labelsize=8)
     ax.set_xlabel(f"{table.axis}; bands: quartiles{cut}", fontsize=8)
     ax.set_ylabel(f"time / {table.reference}", fontsize=8)
-    ax.legend(fontsize=8)
+    if medians:
+        ax.legend(fontsize=8)
 
 
 def _limit(ax: Axes, medians: Sequence[float], spreads: Sequence[Spread]) -> str:
     """Show all medians, and of the quartiles what is near them; return what is said of the rest."""
+    if not medians:  # nothing was measured
+        return ""
     low, high = min(medians), max(medians)
     room = 0.3 * max(high - low, 0.1)
     bottom = max(low - room, min(spread.low for spread in spreads) - 0.2 * room)
