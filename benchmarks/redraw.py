@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.curves import draw_curves
+from bench.parity import Parity, draw_parity
 from bench.plots import draw
 from bench.reports import RESULTS
 from bench.tables import Table
@@ -20,7 +21,9 @@ from bench.tables import Table
 def redraw(path: Path) -> Path:
     """Write the .png beside a result's .json, and return its path."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    if "curves" in report:
+    if report["benchmark"] == "parity":
+        figure = draw_parity(Parity.read(path))
+    elif "curves" in report:
         figure = draw_curves(report["curves"], report["title"])
     else:
         figure = draw([Table.from_dict(table) for table in report["tables"]])

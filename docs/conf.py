@@ -19,8 +19,8 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch
 
 NAVIGATION = {
     "Guide": [
-        *("quickstart", "gallery", "targets", "kinds", "training", "saving", "merging", "adapters"),
-        *("many-adapters", "coming-from-peft", "faq"),
+        *("quickstart", "gallery", "targets", "kinds", "training", "new-tokens", "saving", "merging"),
+        *("adapters", "many-adapters", "coming-from-peft", "faq"),
     ],
     "Reference": ["reference", "files"],
     "Background": ["how-it-works", "results", "performance", "decisions/README"],
@@ -54,6 +54,7 @@ html_theme_options = {"navigation_with_keys": False, "top_of_page_buttons": []}
 def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
     """Put the navigation under the first page, whose Markdown need not have it, and list the decisions."""
     if page == root_doc:
+        app.env.note_dependency(__file__)  # the navigation is here
         for title, pages in NAVIGATION.items():
             source[0] += "\n".join(
                 ["", "```{toctree}", ":hidden:", f":caption: {title}", "", *pages, "```", ""]
@@ -73,7 +74,15 @@ def class_signature(
 
 
 def google_style(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
-    """Turn the sections of docstrings into lists; a field's is a sentence, in which a colon ends no type."""
+    """Turn the sections of docstrings into lists; a field's is a sentence, in which a colon ends no type.
+
+    Bars are those of a norm, |x|: outside of code they are no mark-up here.
+    """
+    example = False  # it goes on to the next empty line
+    for i, line in enumerate(lines):
+        example = bool(line.strip()) and (example or line.lstrip().startswith(">>>"))
+        if not example:
+            lines[i] = re.sub(r"(`[^`]*`)|\|", lambda m: m[1] or r"\|", line)
     if what not in ("attribute", "property"):
         lines[:] = GoogleDocstring(list(lines), what=what, name=name).lines()
 

@@ -10,7 +10,9 @@ minilora.merge(model)                               # the base model's own speed
 
 from .adapter import Adapter
 from .bank import Bank, Combination, combine
-from .config import AdapterConfig, LoRAConfig
+from .config import AdapterConfig, LoRAConfig, RowsConfig
+from .diagnosis.gradients import check_gradients
+from .diagnosis.rounding import merge_loss
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
 from .files.loading import load
 from .files.saving import adapter_state_dict, save
@@ -20,6 +22,7 @@ from .lora import LoRA
 from .lora_linear import LoRALinear
 from .merging import fuse, merge, unmerge
 from .module import InjectedModule
+from .rows import TrainedRows
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
 from .training import disabled, freeze, parameter_groups, trainable_parameters
@@ -39,12 +42,15 @@ __all__ = [
     "LoRALinear",
     "MergeError",
     "MiniLoRAError",
+    "RowsConfig",
     "Summary",
     "SummaryRow",
     "TargetError",
     "TrainableHead",
     "TrainedParameter",
+    "TrainedRows",
     "adapter_state_dict",
+    "check_gradients",
     "combine",
     "disabled",
     "eject",
@@ -53,6 +59,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "merge_loss",
     "parameter_groups",
     "save",
     "summary",

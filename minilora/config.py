@@ -1,4 +1,4 @@
-"""What an injection is made of: two frozen dataclasses, checked when they are built."""
+"""What an injection is made of: three frozen dataclasses, checked when they are built."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import dataclasses
 import math
 import numbers
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 
-from .errors import MiniLoRAError, several
+from .errors import MiniLoRAError, listed, several
 from .words import foreign_words
 
 Initialisation = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
@@ -27,7 +28,7 @@ WIDEST = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What both configs share: a check when built, and a way to JSON and back."""
+    """What all configs share: a check when built, and a way to JSON and back."""
 
     kind: ClassVar[str]
     """What files call a config of this class."""
@@ -219,6 +220,50 @@ class AdapterConfig(Config):
             yield from _width("hidden_size", self.hidden_size)
         yield from _choice("activation", self.activation, get_args(Activation))
         yield from _choice("placement", self.placement, get_args(Placement))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig(Config):
+    """Some rows of a weight, trained by themselves: those of new tokens in an embedding.
+
+    Raises:
+        MiniLoRAError: listing every field that is out of range.
+
+    Example:
+        >>> minilora.RowsConfig(rows=range(100, 103)).rows
+        (100, 101, 102)
+    """
+
+    kind: ClassVar[str] = "rows"
+
+    rows: Sequence[int]
+    """Which rows, each once, in any order: a list, a range, ...; kept as a tuple in ascending order."""
+    of: str | None = None
+    """The site whose rows these are, at a further module that computes with the same weight, as a tied
+    output layer does. `inject` fills it in."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensors of a site, as files have them; they are below `of` where that is given."""
+        return ("trained_rows",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, Iterable):
+            object.__setattr__(self, "rows", tuple(map(_plain, self.rows)))
+        super().__post_init__()
+        object.__setattr__(self, "rows", tuple(sorted(self.rows)))
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        if self.of is not None and (not isinstance(self.of, str) or not self.of):
+            yield f"of must be the name of a site, or None, not {self.of!r:.100}"
+        if not isinstance(self.rows, tuple) or not self.rows:
+            yield f"rows must be a list of ints, of one at least, not {self.rows!r:.100}"
+            return
+        if wrong := [f"{row!r:.100}" for row in self.rows if type(row) is not int or row < 0]:
+            yield f"rows must be ints from 0 on, not {listed(wrong)}"
+        if twice := [row for row, count in Counter(map(repr, self.rows)).items() if count > 1]:
+            yield f"rows has {listed(twice)} more than once"
 
 
 def plain_dtype(value: object) -> Any:

@@ -12,7 +12,6 @@ changes nothing until a step is taken. Here the base runs its own forward with W
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
 from .module import bare_module, device_of, dtype_for, generator_for
-from .torch_internals import TransposedConvolution, is_compiling, own_tensors, put_parameter
+from .torch_internals import TransposedConvolution, own_tensors, put_parameter
 from .variants import dora
 from .variants.initial import change_since, initial_values
 from .weight import EffectiveWeight
@@ -74,12 +73,7 @@ class LoRA(Mergeable):
     ) -> None:
         bare = bare_module(base)
         super().__init__(base, parameter)
-        weight = own_tensors(bare)[parameter]
-        if not is_plain(weight):
-            kind = type(weight).__name__
-            raise TargetError(
-                f"{parameter!r} of {type(bare).__name__} is a {kind} of {weight.dtype}, no weight"
-            )
+        weight = self.plain_parameter()
         if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, TransposedConvolution)):
             raise TargetError(f"dropout has no input to act on inside {type(bare).__name__}; set dropout=0")
         self._set_up(config, layout_of(bare, parameter, weight), site, device)
@@ -92,7 +86,6 @@ class LoRA(Mergeable):
         self.layout = layout
         self.scaling = config.scaling
         self._original = None
-        self._told: set[str] = set()
         device, dtype = device or device_of(self.bare), dtype_for(self.bare, config.torch_dtype)
         shapes = (*layout.leading, config.r, layout.inputs), (*layout.leading, layout.outputs, config.r)
         for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
@@ -177,30 +170,12 @@ class LoRA(Mergeable):
         Raises:
             MiniLoRAError: when dropout is on, which would have no effect.
         """
-        site = self.site or type(self.bare).__name__
-        where = repr(f"{site.removesuffix(f'.{self.parameter}')}.{self.parameter}")
         if self.training and self.config.dropout:
             raise MiniLoRAError(
-                f"{where}: dropout has nothing to act on in {function}, which computes with the whole "
-                "weight; set dropout=0"
+                f"{self.called()}: dropout has nothing to act on in {function}, which computes with the "
+                "whole weight; set dropout=0"
             )
-        if is_compiling() or function in self._told:
-            return
-        self._told.add(function)
-        warnings.warn(
-            f"{where}: {function} has no low-rank rule, so W + scaling B A is formed, as large as W",
-            UserWarning,
-            stacklevel=5,
-        )
-
-    def placed_at(self, site: str) -> str:
-        """Return the module's name for its `weight`, else the parameter's."""
-        return site if self.parameter == "weight" else f"{site}.{self.parameter}"
-
-    def saved_state(self) -> dict[str, Tensor]:
-        """Return A, B and what goes with them, below the parameter's name unless that is "weight"."""
-        below = "" if self.parameter == "weight" else f"{self.parameter}."
-        return {below + name: tensor for name, tensor in own_tensors(self).items()}
+        super().tell_of_forming(function)
 
     def delta_weight(self) -> Tensor:
         """Return s B A, (..., out, in), in A's dtype, whatever the base's layout."""
@@ -225,7 +200,7 @@ class LoRA(Mergeable):
         return effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=dtype)
 
     def reach(self) -> Tensor:
-        """Return a bound on the values of s B A: the largest row sum of abs(B), times the largest of abs(A).
+        """Return a bound on the values of s B A: the largest sum of a row of |B|, times the largest |A|.
 
         With DoRA, on those of c V - W: no value of c V exceeds the largest magnitude.
         """

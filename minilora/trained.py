@@ -69,7 +69,7 @@ class TrainableHead(InjectedModule):
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return which values of the copy are not finite where the original's are, or None."""
         original: dict[str, object] = bare_module(self.base).state_dict(keep_vars=True)
-        return _not_finite(self.saved_state(), original)
+        return not_finite(self.saved_state(), original)
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the trained copy, which takes the original's place."""
@@ -139,7 +139,7 @@ class TrainedParameter(Substitution):
 
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return how many values of the copy are not finite where the original's are, or None."""
-        return _not_finite(self.saved_state(), own_parameters(self.bare), dtype)
+        return not_finite(self.saved_state(), own_parameters(self.bare), dtype)
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the base with the copy as its parameter."""
@@ -157,7 +157,7 @@ class TrainedParameter(Substitution):
 
 
 @torch.no_grad()
-def _not_finite(
+def not_finite(
     trained: Mapping[str, Tensor], original: Mapping[str, object], dtype: torch.dtype | None = None
 ) -> str | None:
     """Return in words what is infinite or NaN in trained copies, but not in the originals; or None.

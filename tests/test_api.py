@@ -21,15 +21,15 @@ CORE = [
     ["linear"],
     ["module"],
     ["adapter", "frozen", "layout", "sites", "view"],
-    ["mergeable", "targets", "trained", "variants", "weight"],
-    ["lora"],
+    ["mergeable", "targets", "ties", "trained", "variants", "weight"],
+    ["lora", "rows"],
     ["lora_linear", "manifest", "training"],
     ["plan", "summary"],
     ["inject", "merging"],
 ]
-# One room is in the core: the variants. On the core stands the room of files, on that the room of banks, on
-# both the package's public face, and on that the command line.
-ROOMS = ["variants", "files", "bank", "cli"]
+# One room is in the core: the variants. On the core stands the room of answers, on that those of files and of
+# banks, on all of them the package's public face, and on that the command line.
+ROOMS = ["variants", "diagnosis", "files", "bank", "cli"]
 DOORS = ["__init__", "__main__"]
 
 
@@ -71,7 +71,7 @@ def floors(names):
     """Return the floor of each module: the core's one by one, then rooms and doors in turn."""
     floor = {name: level for level, names in enumerate(CORE) for name in names}
     rooms = {room: floor[room] for room in ROOMS if room in floor}
-    order = ["files", "bank", "__init__", "cli", "__main__"]
+    order = ["diagnosis", "files", "bank", "__init__", "cli", "__main__"]
     above = rooms | {name: len(CORE) + level for level, name in enumerate(order)}
     return floor | {name: above[room_of(name) or name] for name in names if name not in floor}
 

@@ -40,7 +40,7 @@ def script():
     finally:
         sys.path.remove(str(FOLDER))
         for name in list(sys.modules):
-            if name.partition(".")[0] in ("bench", *SCRIPTS):
+            if name.partition(".")[0] in ("bench", "finetune", *SCRIPTS):
                 del sys.modules[name]
         os.environ.clear()
         os.environ.update(environment)
@@ -512,6 +512,40 @@ def test_loss_curves(script, tmp_path, monkeypatch):
     assert plain == pytest.approx(fast, rel=1e-4)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "curves.md").read_text(encoding="utf-8").count("minilora") == 3
+
+
+@pytest.mark.skipif(not installed("PEFT"), reason="PEFT is not installed")
+def test_parity(script, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    state = pytest.importorskip("accelerate.state")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which it adds the examples
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+    model, data = tiny_bert(tmp_path / "model", ["good", "bad", "very", "so"]), tmp_path / "data"
+    data.mkdir()
+    rows = [
+        f"{word} {mood},{label}" for word in ("very", "so", "") for mood, label in (("good", 1), ("bad", 0))
+    ]
+    for split in ("train", "validation"):
+        (data / f"{split}.csv").write_text("sentence,label\n" + "\n".join(rows * 8), encoding="utf-8")
+    options = ["--model", str(model), "--data", str(data), "--batch-size", "4", "--epochs", "1"]
+    output = ["--output", str(tmp_path / "parity")]
+    parity = script("parity")
+    parity.main([*options, *output, "--seeds", "1"])
+    parity.main([*options, *output, "--seeds", "1", "2"])  # the first is there already
+    report = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))
+    assert [seed["seed"] for seed in report["seeds"]] == [1, 2]
+    for seed in report["seeds"]:
+        assert seed["largest_gap"] < 1e-5
+        ours, theirs = (seed["final"][name]["held_out"] for name in ("minilora", "PEFT"))
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert set(seed["curves"]) == {"minilora", "PEFT"}
+    assert str(tmp_path) not in (tmp_path / "parity.json").read_text(encoding="utf-8")
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+    assert "| mean " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="another recipe"):
+        parity.main([*options, *output, "--lr", "0.5"])
 
 
 def tiny_bert(folder, words):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, LoRAConfig
+from ..config import AdapterConfig, Config, LoRAConfig, RowsConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..files.contents import Contents
 from ..files.fingerprint import Fingerprint, compare
@@ -219,14 +219,13 @@ def _contents(name: str | os.PathLike[str], bank: Bank | None) -> Contents:
 
 def _refusals(contents: Contents) -> list[str]:
     problems = [f"it is damaged: {contents.damage}"] if contents.damage else []
-    others = [
-        site
-        for config, sites in contents.manifest.injections
-        for site in sites
-        if not isinstance(config, LoRAConfig)
-    ]
-    if others:
-        problems.append(f"{described(others)}: a bottleneck adapter is not linear, and has no sum")
+    reasons = {
+        AdapterConfig: "a bottleneck adapter is not linear, and has no sum",
+        RowsConfig: "trained rows take the place of others, and have no sum",
+    }
+    for kind, reason in reasons.items():
+        if sites := [s for c, names in contents.manifest.injections for s in names if isinstance(c, kind)]:
+            problems.append(f"{described(sites)}: {reason}")
     if rescaled := [
         s for c, sites in contents.manifest.injections for s in sites if getattr(c, "dora", False)
     ]:

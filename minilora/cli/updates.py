@@ -2,6 +2,7 @@
 
 LowRank    s B A, what a LoRA layer adds to its weight: two pairs of A and B may say the same
 Rescaled   c (W + s B A), what DoRA makes of a weight: not a sum, since c depends on W
+Replaced   rows that take the place of others in a weight
 Values     the numbers themselves, of what has no such sum: a bottleneck, a module trained in full
 """
 
@@ -124,7 +125,47 @@ class Rescaled:
         return Values({"A": self.low_rank.A, "B": scaled, "m": self.magnitude})
 
 
-Update = LowRank | Rescaled | Values
+@dataclass(frozen=True)
+class Replaced:
+    """Rows in the place of some rows of a weight.
+
+    >>> Replaced((1,), torch.ones(1, 2)).added_to(torch.zeros(2, 2), transposed=False, dtype=torch.float32)
+    tensor([[0., 0.],
+            [1., 1.]])
+    """
+
+    rows: tuple[int, ...]
+    values: Tensor  # (rows, cols)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, cols)."""
+        return tuple(self.values.shape)
+
+    def fits(self, weight: tuple[int, ...], *, transposed: bool) -> bool:
+        """Return whether a weight of this shape has all of the rows."""
+        return not transposed and weight[1:] == self.shape[1:] and weight[0] > self.rows[-1]
+
+    def norm(self) -> float:
+        """Return the Euclidean norm, in float64."""
+        return Values({"": self.values}).norm()
+
+    def minus(self, other: Update) -> Values | None:
+        """Return the difference; None where they are not the same rows."""
+        if not isinstance(other, Replaced) or self.rows != other.rows:
+            return None
+        return Values({"": self.values}).minus(Values({"": other.values}))
+
+    def added_to(self, weight: Tensor, *, transposed: bool, dtype: torch.dtype) -> Tensor:
+        """Return the weight with the rows in their places, rounded once to `dtype`."""
+        rows = torch.tensor(self.rows, device="cpu")
+        return weight.to(dtype, copy=True).index_copy_(0, rows, self.values.to(dtype))
+
+
+OfWeight = LowRank | Rescaled | Replaced
+"""What makes another weight of a weight."""
+
+Update = OfWeight | Values
 
 
 def _shapes(values: Values) -> dict[str, torch.Size]:

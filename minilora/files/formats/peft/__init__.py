@@ -15,6 +15,7 @@ reader.py     from the two files to what they announce
 writer.py     from an adapter to the files
 config.py     what the config says, and which of its fields can be honoured
 fields.py     a JSON object's fields, each checked as it is taken
+tokens.py     rows of embeddings, trained beside LoRA
 matching.py   PEFT's rules for names, followed to the letter
 task.py       what the config tells of the model
 card.py       README.md

@@ -11,6 +11,7 @@ from ....problems import Problems
 from ...tensors import Entry
 from .config import PeftLoraConfig
 from .places import without_wrappers
+from .tokens import ROWS_KEY, WHOLE_KEY
 
 PREFIX = "base_model.model."
 
@@ -39,6 +40,8 @@ class Found:
     """The paths whose A and B have an embedding's keys."""
     magnitudes: dict[str, Entry] = field(default_factory=dict)
     """DoRA's magnitudes, by the path of the wrapper that has them."""
+    rows: dict[str, Entry] = field(default_factory=dict)
+    """Trained rows of embeddings, by the path of the wrapper that has them."""
     heads: dict[str, dict[str, Entry]] = field(default_factory=dict)
     """The state of modules trained in full, by module."""
     biases: dict[str, Entry] = field(default_factory=dict)
@@ -71,6 +74,10 @@ def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Fo
                 found.embeddings.add(lora["path"])
         elif config.use_dora and (magnitude := MAGNITUDE_KEY.fullmatch(name)):
             found.magnitudes[magnitude["path"]] = entry
+        elif rows := ROWS_KEY.fullmatch(name):
+            found.rows[rows["path"]] = entry
+        elif whole := WHOLE_KEY.fullmatch(name):
+            found.base[f"{without_wrappers(whole['path'])[0]}.{whole['leaf']}"] = entry
         elif reason := next((why for pattern, why in FOREIGN_KEYS if re.search(pattern, name)), None):
             others.add(key, reason)
         else:

@@ -29,6 +29,7 @@ from .config import CONFIG_FILE, PeftLoraConfig
 from .keys import PREFIX, Found, sorted_out
 from .places import WITHOUT_DROPOUT, Place, within, wrappers_of
 from .resolve import resolve
+from .tokens import key_of, read_tokens
 from .versions import times_added_at_out_proj
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -92,7 +93,8 @@ def announced(
     at, more = resolve(found, config, sites)
     problems += more
     configs, pairs, more = _configs(found, at, config)
-    if problems := problems + more:
+    tokens, of_tokens = read_tokens(config.trainable_token_indices, found.rows, sites)
+    if problems := problems + more + of_tokens:
         raise CheckpointError(several(problems, outcome=f"{str(path)!r} was not read"))
     places = tuple(at.values())
     targets = [place.target for place in places if place.kind != "attention output"]
@@ -104,14 +106,15 @@ def announced(
             f"{str(path / TENSOR_FILE)!r}; safetensors.torch.save_file(safetensors.torch.load_file(f), f)"
         )
     ours = {f"{site}.lora_{side}": entry for site, pair in pairs.items() for side, entry in pair.items()}
+    lora = [(configs[site], site) for site in sorted(configs, key=natural)]
     return Announced(
         Manifest(
-            grouped((configs[site], site) for site in sorted(configs, key=natural)),
+            grouped([*lora, *((rows, site) for site, rows in tokens.configs.items())]),
             (*found.heads, *found.biases),
         ),
-        ours | found.ours(),
+        ours | tokens.entries | found.ours(),
         base=native.base_of(metadata) or _layout_only(config, places, found),
-        base_values=found.base,
+        base_values=tokens.compared(found.base, sites),
         disagreements=partial(_disagreements, config, places, found),
         damage=partial(_damage, metadata, places),
         rounds_heads=True,
@@ -132,7 +135,7 @@ def peft_tensors(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict
             shape = (1, -1, *(1 for _ in place.packing.kernel)) if place.kind == "convolution" else (-1,)
             path = keys["A"].rpartition(".lora_")[0]
             theirs[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude.view(shape)
-    return theirs | {PREFIX + within(name, wrapped): tensor for name, tensor in rest.items()}
+    return theirs | {PREFIX + key_of(within(name, wrapped)): tensor for name, tensor in rest.items()}
 
 
 def _opened(path: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ....config import RowsConfig
 from ....names import ends, natural
 from ....sites import Sites
 from ...contents import Contents
 from .places import Place
 from .placing import Configs
 from .task import auto_mapping
+from .tokens import indices_of
 from .versions import WRITTEN_AS
 
 
@@ -24,6 +26,7 @@ def worded(
     *,
     bias: str,
     heads: Iterable[str],
+    rows: Mapping[str, RowsConfig],
 ) -> dict[str, Any]:
     """Return the JSON of `adapter_config.json`, without a task.
 
@@ -34,6 +37,7 @@ def worded(
         sites: of the model, or None.
         bias: which biases are trained, by PEFT's word.
         heads: modules trained in full.
+        rows: trained, by site.
     """
     said = {place.target: configs[place.site] for place in places if place.kind != "attention output"}
     ranks = {target: config.r for target, config in said.items()}
@@ -68,6 +72,8 @@ def worded(
         "alpha_pattern": _patterns(alphas),
         "modules_to_save": list(heads) or None,
     }
+    if rows:
+        config["trainable_token_indices"] = indices_of(rows)
     if parameters:
         config["target_parameters"] = parameters
     if any(place.kind in ("parameter", "attention output") for place in places):

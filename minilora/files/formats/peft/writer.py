@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ....config import LoRAConfig
+from ....config import Config, LoRAConfig, RowsConfig
 from ....errors import CheckpointError, several
 from ....manifest import Manifest
 from ....names import above, described, natural
@@ -56,17 +56,23 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
     places, problems = placed(configs, layers, sites)
     parameters = _trained_parameters(contents.manifest.trainable, sites)
     heads = tuple(name for name in contents.manifest.trainable if name not in parameters)
+    rows = _rows(contents.manifest)
     bias, more = _bias(parameters, places, sites, heads)
     problems = [*_inexpressible(contents.manifest, heads, places), *problems, *more]
+    if rows and sites is None:
+        problems.append(
+            f"{described(rows)}: which modules share trained rows depends on the model: load it into the "
+            'model, then minilora.save(model, folder, format="peft")'
+        )
     if sites is not None and not problems:
         problems += _caught_otherwise(
-            {p.module for p in places if p.kind != "attention output"}, heads, sites
+            {p.module for p in places if p.kind != "attention output"}, rows, heads, sites
         )
     if problems:
         raise CheckpointError(several(problems, outcome="nothing has been written"))
     tensors = peft_tensors({**contents.tensors, **_frozen_but_caught(heads, sites)}, places)
-    config = worded(contents, places, configs, sites, bias=bias, heads=heads)
-    expected = as_read(places, configs)
+    config = worded(contents, places, configs, sites, bias=bias, heads=heads, rows=rows)
+    expected: dict[str, Config] = {**as_read(places, configs), **rows}
     if problems := _said_otherwise(path, config, tensors, expected, sites):
         raise CheckpointError(several(problems, outcome="nothing has been written"))
     if sites is not None and (task := task_of(sites.model)) is not None:
@@ -115,7 +121,7 @@ def _said_otherwise(
     path: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    expected: Configs,
+    expected: Mapping[str, Config],
     sites: Sites | None,
 ) -> list[str]:
     """Return where the files, read by PEFT's rules, would say something else than what is written."""
@@ -148,7 +154,7 @@ def _inexpressible(manifest: Manifest, heads: Iterable[str], places: Iterable[Pl
         if isinstance(config, LoRAConfig)
     }
     for config, sites in manifest.injections:
-        if not isinstance(config, LoRAConfig):
+        if not isinstance(config, (LoRAConfig, RowsConfig)):
             yield (
                 f"{described(sites)}: PEFT has no bottleneck adapters; save this model in minilora's "
                 "own format"
@@ -164,6 +170,13 @@ def _inexpressible(manifest: Manifest, heads: Iterable[str], places: Iterable[Pl
         if len(values := {getattr(config, field) for config in concerned}) > 1:
             shown = ", ".join(sorted(map(repr, values)))
             yield f"{field}: PEFT has one value for all sites, and here are {shown}"
+
+
+def _rows(manifest: Manifest) -> dict[str, RowsConfig]:
+    """Return the configs of trained rows, by site."""
+    return {
+        s: config for config, sites in manifest.injections for s in sites if isinstance(config, RowsConfig)
+    }
 
 
 def _trained_parameters(names: Iterable[str], sites: Sites | None) -> list[str]:
@@ -187,9 +200,11 @@ def _bias(
     ]
 
 
-def _caught_otherwise(injected: set[str], heads: Sequence[str], sites: Sites) -> Iterator[str]:
+def _caught_otherwise(
+    injected: set[str], rows: Collection[str], heads: Sequence[str], sites: Sites
+) -> Iterator[str]:
     """Yield where PEFT, by its own rules of matching, would adapt other modules than these."""
-    if shared := sites.shared() & {*injected, *heads}:
+    if shared := sites.shared() & {*injected, *rows, *heads}:
         yield f"{described(sorted(shared))}: shared by several parents; PEFT would adapt the first alone"
     expressions = Expressions(heads, around_left_out, inner_parts)
     left_out: dict[str, list[str]] = {}
@@ -201,11 +216,11 @@ def _caught_otherwise(injected: set[str], heads: Sequence[str], sites: Sites) ->
     loose = LooseEnds(heads)
     caught = {name: [head for head in loose.of(name) if head != name] for name in sites}
     caught = {name: by for name, by in caught.items() if by}
-    outer = {name for inner in (*injected, *heads, *caught) for name in above(inner)}
+    outer = {name for inner in (*injected, *rows, *heads, *caught) for name in above(inner)}
     found: dict[str, list[str]] = {}
     for name, by in caught.items():
         for head in by:
-            if name in injected or name in outer or head in above(name):
+            if name in injected or name in rows or name in outer or head in above(name):
                 found.setdefault(head, []).append(name)
     for head, names in found.items():
         yield (f"{described(names)}: PEFT would train it in full along with {head!r}, whose end its name has")
