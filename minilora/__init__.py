@@ -10,7 +10,7 @@ minilora.merge(model)                               # the base model's own speed
 
 from .adapter import Adapter
 from .bank import Bank, Combination, combine
-from .config import AdapterConfig, LoRAConfig
+from .config import AdapterConfig, LoRAConfig, RowsConfig
 from .diagnosis.gradients import check_gradients
 from .diagnosis.rounding import merge_loss
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
@@ -22,11 +22,13 @@ from .lora import LoRA
 from .lora_linear import LoRALinear
 from .merging import fuse, merge, unmerge
 from .module import InjectedModule
+from .rows import TrainedRows
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
 from .trainers.checkpoints import slim_checkpoints
+from .trainers.groups import parameter_groups
 from .trainers.weights import merged_weights
-from .training import disabled, freeze, parameter_groups, trainable_parameters
+from .training import disabled, freeze, trainable_parameters
 
 __version__ = "0.1.0"
 
@@ -43,11 +45,13 @@ __all__ = [
     "LoRALinear",
     "MergeError",
     "MiniLoRAError",
+    "RowsConfig",
     "Summary",
     "SummaryRow",
     "TargetError",
     "TrainableHead",
     "TrainedParameter",
+    "TrainedRows",
     "adapter_state_dict",
     "check_gradients",
     "combine",

@@ -16,13 +16,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .config import LoRAConfig
 from .errors import TargetError
-from .functional import add_low_rank, effective_linear, prefers_weight_form
+from .functional import add_low_rank, prefers_weight_form
 from .layout import Layout
 from .linear import call_problem, computes_plainly, is_plain, linear_shape
 from .lora import LoRA
 from .module import InjectedModule, bare_module
 from .torch_internals import AttentionOutput, is_compiling, own_tensors
 from .variants.dora_linear import magnitude_linear
+from .variants.plain_linear import effective_linear
 
 
 class LoRALinear(LoRA):
@@ -48,7 +49,7 @@ class LoRALinear(LoRA):
     def __init__(
         self, base: nn.Module, config: LoRAConfig, *, site: str = "", device: torch.device | None = None
     ) -> None:
-        shape = linear_shape(base)
+        shape = linear_shape(bare_module(base))
         if shape is None:
             raise TargetError(f"{type(bare_module(base)).__name__} is not a linear layer")
         # Past `Substitution`: the base is called as it is, whatever its weight may be.
@@ -72,7 +73,8 @@ class LoRALinear(LoRA):
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = args[0] if args else next(iter(kwargs.values()))
         x = F.dropout(x, self.config.dropout, self.training)
-        return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling))  # type: ignore[no-any-return]
+        bias = self.lora_bias if self.config.lora_bias else None
+        return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling, bias))  # type: ignore[no-any-return]
 
     def _in_weight_form(self, x: Tensor) -> Tensor:
         weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
@@ -100,12 +102,6 @@ class LoRALinear(LoRA):
                 self.require_unmerged_to_train()
             return self.base.weight  # type: ignore[return-value]
         return self.substituted()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, (out,), or None."""
-        bias: Tensor | None = getattr(self.base, "bias", None)
-        return bias
 
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return why W_eff cannot take W's place, as `LoRA` does, or would not do what this layer does."""

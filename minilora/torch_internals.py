@@ -47,18 +47,15 @@ def put_child(parent: nn.Module, name: str, child: nn.Module) -> None:
     parent._modules[name] = child
 
 
-def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of another; nothing can fail half-way, and no `__setattr__` interferes."""
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Put a parameter, or None, in the place of another; past any `__setattr__`, and never half-way."""
     module._parameters[name] = parameter
 
 
-def shadow(module: nn.Module, *, childless: bool = False) -> nn.Module:
+def shadow(module: nn.Module) -> nn.Module:
     """Return a module with the same parameters and children, in which others can be put in their place."""
     twin = copy.copy(module)
-    for name in ("_parameters", "_buffers", "_modules"):
-        vars(twin)[name] = dict(vars(module)[name])
-    if childless:
-        twin._modules.clear()
+    vars(twin).update({name: dict(vars(twin)[name]) for name in ("_parameters", "_buffers", "_modules")})
     return twin
 
 

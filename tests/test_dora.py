@@ -223,6 +223,18 @@ def test_a_bare_checkpoint_brings_the_magnitude_of_its_weights_until_something_i
     assert torch.equal(model[0].lora_magnitude, before)
 
 
+@pytest.mark.parametrize("kind", [CONV1D, BY_NAME["linear"], BY_NAME["conv2d_zeros"]], ids=lambda k: k.name)
+def test_a_bias_that_is_trained_beside_it_is_not_scaled(kind):
+    model, x = injected(kind), kind.input()
+    minilora.inject(model, [], trainable=["layer.bias"])
+    reference, _ = by_definition(kind, model.layer)
+    with torch.no_grad():
+        model.layer.base.trained.add_(1.0)
+        expected = reference(x) + 1.0
+        assert distance(model(x), expected) < 1e-12
+        assert distance(minilora.fuse(model.eval())(x), expected) < 1e-12
+
+
 def test_an_output_of_zeros_stays_zero():
     layer = nn.Linear(4, 3)
     nn.init.zeros_(layer.weight)

@@ -12,7 +12,7 @@ from models import CASES, GRID, Case, on_grid
 from torch import nn
 
 import minilora
-from minilora import AdapterConfig, LoRAConfig, MergeError, MiniLoRAError
+from minilora import AdapterConfig, LoRAConfig, MergeError, MiniLoRAError, RowsConfig
 
 
 def fused_state(model: nn.Module) -> dict[str, object]:
@@ -52,7 +52,9 @@ def test_of_every_kind_of_layer(kind: object) -> None:
     assert yielded(model) == fused_state(model)
 
 
-@pytest.mark.parametrize("config", [LoRAConfig(r=2, dora=True), LoRAConfig(r=2, init="pissa")])
+@pytest.mark.parametrize(
+    "config", [LoRAConfig(r=2, dora=True), LoRAConfig(r=2, init="pissa"), LoRAConfig(r=2, lora_bias=True)]
+)
 def test_of_variants_and_merged(config: LoRAConfig) -> None:
     model = trained(CASES["bert"], config=config)
     expected = fused_state(model)
@@ -60,6 +62,17 @@ def test_of_variants_and_merged(config: LoRAConfig) -> None:
     minilora.merge(model)
     with unchanged(model):
         assert yielded(model) == expected
+
+
+@pytest.mark.parametrize("name", ["tied", "gpt2"])
+def test_of_rows_at_both_ends_of_a_tie(name: str) -> None:
+    model = CASES[name].build()
+    embedding = "embedding" if name == "tied" else "wte"
+    minilora.inject(model, [embedding], RowsConfig(rows=[2, 5]), trainable=())
+    minilora.inject(model, list(CASES[name].targets[:1]), LoRAConfig(r=2), trainable=())
+    randomise(model)
+    with unchanged(model):
+        assert yielded(model) == fused_state(model)
 
 
 def test_one_tensor_at_a_time_and_no_copy_of_the_base() -> None:

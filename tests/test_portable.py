@@ -16,7 +16,7 @@ from models import CASES, MLP
 from torch import Tensor, nn
 
 import minilora
-from minilora import AdapterConfig, CheckpointError, LoRAConfig, MiniLoRAError
+from minilora import AdapterConfig, CheckpointError, LoRAConfig, MiniLoRAError, RowsConfig
 from minilora.files.formats.peft.portable import RANKS
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -153,6 +153,15 @@ def test_what_servers_do_not_take_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(MiniLoRAError, match='portable goes with format="peft"'):
         minilora.save(model, tmp_path / "adapter", portable=True)
+
+
+def test_rows_and_biases_of_b_are_named(tmp_path: Path) -> None:
+    model = minilora.inject(MLP(), ["up"], LoRAConfig(r=2, lora_bias=True), trainable=())
+    minilora.inject(model, ["down"], RowsConfig(rows=[1]), trainable=())
+    with pytest.raises(CheckpointError) as caught:
+        minilora.save(model, tmp_path / "adapter", format="peft", portable=True)
+    assert "'up': lora_bias beside A and B, which no server takes" in str(caught.value)
+    assert "'down': rows that are trained by themselves, which no server takes" in str(caught.value)
 
 
 def test_ranks_and_layers_that_no_server_takes_are_named(tmp_path: Path) -> None:

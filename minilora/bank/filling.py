@@ -105,7 +105,8 @@ def refusals(held: Held, bare: Sites) -> Problems:
             problems.add(
                 name,
                 f"{wrapper.description()} on {type(layer).__name__}: a bank takes LoRA on linear layers, "
-                "Conv1D and embeddings that look up and do no more, and modules trained in full",
+                "Conv1D and embeddings that look up and do no more, without DoRA or a bias of B, and modules "
+                "trained in full",
             )
     return problems
 

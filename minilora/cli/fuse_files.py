@@ -30,6 +30,7 @@ from .base_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, SUFFIX, BaseFiles
 from .inventory import KINDS, Inventory
 from .placement import Placement, place
 from .ties import find_ties
+from .updates import LowRank, with_bias
 
 # Other copies of the weights, which would contradict the fused ones.
 WEIGHT_SUFFIXES = {
@@ -92,8 +93,16 @@ class Fusion:
 
     @cached_property
     def _sites(self) -> dict[str, str]:
-        """The LoRA sites, by the names in the files of their weights."""
+        """The sites with an update, by the names in the files of their weights."""
         return {self.placement.weights[site]: site for site in self.placement.updates}
+
+    @cached_property
+    def _moved(self) -> dict[str, LowRank]:
+        """What is added to biases, by their names in the files."""
+        found = {
+            name: with_bias(self.placement.updates[site]) for site, name in self.placement.biases.items()
+        }
+        return {name: update for name, update in found.items() if update is not None}
 
     def _made(self, name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
         """Return a tensor of the result, rounded once.
@@ -102,7 +111,9 @@ class Fusion:
             CheckpointError: when that makes values infinite that were finite.
         """
         tensor, site = read(), self._sites.get(name)
-        if site is None:
+        if name in self._moved:
+            made = self._moved[name].added_to_bias(tensor, dtype=dtype)
+        elif site is None:
             made = tensor.to(dtype)
         else:
             transposed = site in self.placement.transposed
@@ -208,15 +219,22 @@ def _unfusable(contents: Contents, base: BaseFiles) -> list[str]:
 
 
 def _without_a_weight_of_their_own(placement: Placement, base: BaseFiles) -> list[str]:
-    """Return why weights that are there cannot take an update."""
+    """Return why weights that are there cannot take an update, and which biases are not there."""
     problems = Problems()
     ties = find_ties(placement, base)
     for site in placement.updates:
         stored = base.tensors[placement.weights[site]]
         if not stored.is_float:
             problems.add(site, f"the base's weight is {stored.dtype_name}, quantised")
-        elif site in ties:
+        elif site in ties and site not in placement.shared:
             problems.add(site, ties[site])
+    for site, name in placement.biases.items():
+        if name not in {*base.tensors, *placement.heads.values()}:
+            problems.add(
+                site,
+                "B has a bias, and the base's files have none of the layer's to take it in. Fuse in Python, "
+                "minilora.fuse(model), and give the layer a bias wherever the result is loaded",
+            )
     return problems.lines()
 
 

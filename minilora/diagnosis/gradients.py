@@ -65,6 +65,8 @@ def check_gradients(model: nn.Module) -> list[str]:
 def _problems(wrapper: InjectedModule, checkpointed: bool) -> Iterator[str]:
     own = {key: t for key, t in wrapper.saved_state().items() if isinstance(t, nn.Parameter)}
     trained = {key: parameter for key, parameter in own.items() if parameter.requires_grad}
+    if not own:
+        return  # it computes with what another site holds
     if not trained:
         yield "frozen: requires_grad is False on all that it holds"
         return

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..merging import mergeable
 from ..module import InjectedModule
+from ..rows import TrainedRows
 from ..sites import Site, Sites, require_enabled
-from ..torch_internals import put_child, shadow
+from ..torch_internals import children, put_child, put_parameter, shadow
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -58,8 +59,11 @@ def _fused(site: Site) -> nn.Module:
     """Return what `fuse` would leave at a site, made of stand-ins; nothing of the model is touched."""
     if not site.wrappers:
         return site.bare
-    inside = shadow(site.bare, childless=True)  # what `fused` does to children reaches none
+    bare = inside = _childless(site.bare)  # what `fused` does to children reaches none
     for wrapper in reversed(site.wrappers):
+        if isinstance(wrapper, TrainedRows):  # whose weight may be another's, and fused at that one's turn
+            put_parameter(bare, wrapper.parameter, nn.Parameter(wrapper.substituted().detach()))
+            continue
         outside = shadow(wrapper)
         put_child(outside, "base", inside)
         inside = outside
@@ -70,7 +74,15 @@ def _fused(site: Site) -> nn.Module:
 
 def _own(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Yield what a module without its children has in `state_dict`."""
-    yield from _state(shadow(module, childless=True), prefix)
+    yield from _state(_childless(module), prefix)
+
+
+def _childless(module: nn.Module) -> nn.Module:
+    """Return a stand-in for a module, which has its parameters and buffers and no children with any."""
+    alone = shadow(module)
+    for name, _ in list(children(alone)):
+        put_child(alone, name, nn.Identity())
+    return alone
 
 
 def _state(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

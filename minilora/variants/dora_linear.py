@@ -6,6 +6,7 @@ V is formed once for the norms and the product. The gradient g = dL/dy is never 
 number for each output, goes into the small factors instead.
 
     dx = g (c V)     dA = s (g c B)^T x     dB = s c g^T (x A^T)     dm = sum over tokens of g (z - b) / n
+    db = sum over tokens of g
 
 The notation is that of `functional`; what is taken as constant, that of `dora`.
 """
@@ -35,7 +36,7 @@ def magnitude_linear(
 ) -> Tensor:
     """Return x W_eff^T + b with DoRA's W_eff = c V, in the weight form.
 
-    Weight and bias are taken as frozen: they get no gradient.
+    The weight is taken as frozen: it gets no gradient.
 
     Args:
         x: (..., in).
@@ -48,7 +49,7 @@ def magnitude_linear(
         transposed: whether the weight is stored as (in, out).
 
     Returns:
-        (..., out), in `compute_dtype(x)`; differentiable, to any order, in x, A, B and m.
+        (..., out), in `compute_dtype(x)`; differentiable, to any order, in x, A, B, m and the bias.
     """
     dtype = compute_dtype(x)
     with torch.no_grad():  # its share of the gradient is in the backward below
@@ -93,7 +94,7 @@ class _MagnitudeLinear(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None]:
         """Forward mode: dy = c (dx V^T + s (x dA^T) B^T + s (x A^T) dB^T) + (dm / n) (z - b)."""
         x, V, n, bias, lora_A, lora_B, magnitude, z = ctx.saved_tensors
-        dx, _, _, _, dA, dB, dm, _, _, _ = tangents
+        dx, _, _, db, dA, dB, dm, _, _, _ = tangents
         c, parts = dora.factors(magnitude, n), []
         if dx is not None:
             parts.append(c * F.linear(dx, V.T if ctx.transposed else V))
@@ -103,14 +104,16 @@ class _MagnitudeLinear(torch.autograd.Function):
             parts.append(c * F.linear(F.linear(x, lora_A.to(x.dtype)), dB.to(x.dtype)) * ctx.scaling)
         if dm is not None:
             parts.append(dora.factors(dm, n) * (z if bias is None else z - bias))
+        if db is not None:
+            parts.append(db.expand(z.shape))
         return (sum(parts[1:], parts[0]).to(z.dtype) if parts else None), None
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, V, n, bias, lora_A, lora_B, magnitude, weight, z = ctx.saved_tensors
         s, transposed, again = ctx.scaling, ctx.transposed, torch.is_grad_enabled()
-        needs_x, needs_A, needs_B, needs_m = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
-        dx = dA = dB = dm = None
+        needs_x, needs_b, needs_A, needs_B, needs_m = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5, 6))
+        dx = db = dA = dB = dm = None
         with without_autocast(g):
             c = dora.factors(magnitude, n)
             if V is None or again:  # a second derivative goes through A and B
@@ -119,6 +122,8 @@ class _MagnitudeLinear(torch.autograd.Function):
                 scaled = (dora.along(c, V, int(transposed)) * V).to(g.dtype)
                 dx = g @ (scaled.T if transposed else scaled)
             g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+            if needs_b:
+                db = g_rows.sum(0)
             if needs_A:
                 gB = (c[:, None] * lora_B).to(g.dtype).T @ g_rows.T  # (r, n)
                 dA = (gB @ x_rows).to(lora_A.dtype) * s
@@ -130,4 +135,4 @@ class _MagnitudeLinear(torch.autograd.Function):
                 z = z if bias is None else z - bias  # first, so that an output of zeros has none
                 sums = (g_rows * z.reshape(g_rows.shape)).sum(0, dtype=n.dtype)
                 dm = dora.factors(sums, n).to(magnitude.dtype)
-        return dx, None, None, None, dA, dB, dm, None, None, None
+        return dx, None, None, db, dA, dB, dm, None, None, None

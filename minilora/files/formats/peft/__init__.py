@@ -16,6 +16,7 @@ writer.py     from an adapter to the files
 portable.py   an adapter of the fewest words, for servers
 config.py     what the config says, and which of its fields can be honoured
 fields.py     a JSON object's fields, each checked as it is taken
+tokens.py     rows of embeddings, trained beside LoRA
 matching.py   PEFT's rules for names, followed to the letter
 task.py       what the config tells of the model
 card.py       README.md

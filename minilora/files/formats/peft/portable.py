@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ....config import LoRAConfig
+from ....config import AdapterConfig, LoRAConfig, RowsConfig
 from ....errors import CheckpointError, several
 from ....manifest import Manifest
 from ....names import described
@@ -25,6 +25,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `max_lora_rank` may be (`MaxLoRARanks` in its `vllm/config/lora.py`, 2026)."""
 
 INSTEAD = "minilora.fuse(model), and serve that"
+OTHERS = {AdapterConfig.kind: "a bottleneck adapter", RowsConfig.kind: "rows that are trained by themselves"}
 
 
 def made_portable(contents: Contents) -> Contents:
@@ -79,7 +80,8 @@ def _refused(contents: Contents) -> Iterator[str]:
     of_lora: list[str] = []
     for config, names in contents.manifest.injections:
         if not isinstance(config, LoRAConfig):
-            yield f"{described(names)}: a bottleneck adapter, which PEFT does not have, and servers neither"
+            instead = f": {INSTEAD}" if config.kind == RowsConfig.kind else ""
+            yield f"{described(names)}: {OTHERS[config.kind]}, which no server takes{instead}"
             continue
         of_lora += names
         if config.dora:
