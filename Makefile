@@ -40,7 +40,9 @@ wheel-check: $(VENV)/.dev  ## Build the wheel and use it in a fresh environment
 	bash scripts/wheel_check.sh $(RUN)
 
 docs: $(VENV)/.docs  ## Build the documentation into site/
-	$(RUN) -m mkdocs build --strict
+	@rm -rf site
+	$(RUN) -m sphinx -q --fail-on-warning -d build/doctrees docs site
+	@echo "Read site/index.html"
 
 results: $(VENV)/.made  ## Write the measured figures of README and docs from the files of the runs
 	$(RUN) scripts/make_results.py $(ARGS)

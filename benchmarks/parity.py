@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parity.facts = facts
         parity.write(path)
         output.with_suffix(".md").write_text(parity_text(parity), encoding="utf-8")
-        draw_parity(parity).savefig(output.with_suffix(".png"), dpi=120)
+        draw_parity(parity).savefig(output.with_suffix(".png"))
     print(parity_text(parity))
 
 

@@ -25,7 +25,10 @@ from .module import InjectedModule
 from .rows import TrainedRows
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
-from .training import disabled, freeze, parameter_groups, trainable_parameters
+from .trainers.checkpoints import slim_checkpoints
+from .trainers.groups import parameter_groups
+from .trainers.weights import merged_weights
+from .training import disabled, freeze, trainable_parameters
 
 __version__ = "0.1.0"
 
@@ -60,8 +63,10 @@ __all__ = [
     "load",
     "merge",
     "merge_loss",
+    "merged_weights",
     "parameter_groups",
     "save",
+    "slim_checkpoints",
     "summary",
     "trainable_parameters",
     "unmerge",

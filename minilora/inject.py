@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import AdapterConfig, Config, LoRAConfig, RowsConfig
 from .errors import TargetError, quoted, several
+from .followers import tell_followers
 from .manifest import Manifest, grouped
 from .module import is_called
 from .names import described, lies_within
@@ -103,6 +104,7 @@ def inject(
     if trainable is None:
         _warn_of_frozen_head(sites, [site.owner for site in chosen])
     plan.put_in_place()
+    tell_followers(model)
     return model
 
 
@@ -131,6 +133,7 @@ def eject(model: nn.Module) -> nn.Module:
             wrapper.ejected()
         originals[site.outermost] = site.bare
     replace_modules(model, originals)
+    tell_followers(model)
     return model
 
 

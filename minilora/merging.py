@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .config import is_float_dtype, plain_dtype
 from .errors import MergeError, MiniLoRAError, quoted, several
+from .followers import tell_followers
 from .mergeable import Mergeable
 from .module import InjectedModule
 from .names import described
@@ -40,7 +41,7 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
         >>> minilora.merge(model)[0].merged
         True
     """
-    wrappers = _mergeable(require_enabled(model, "merge"), skip_adapters)
+    wrappers = mergeable(require_enabled(model, "merge"), skip_adapters)
     wrappers = [wrapper for wrapper in wrappers if not wrapper.merged]
     try:
         for wrapper in wrappers:
@@ -115,7 +116,7 @@ def fuse(
             f"fuse casts to floating-point dtypes, not to {dtype!r}; the model has not been changed"
         )
     injected = require_enabled(model, "fuse")
-    wrappers = _mergeable(injected, skip_adapters, to)
+    wrappers = mergeable(injected, skip_adapters, to)
     if to is not None and (problems := _beyond(model, to, wrappers)):
         raise MergeError(several(problems, outcome="the model has not been changed"))
     for unknown in _unknown_to_loaders(model, injected, wrappers):
@@ -128,10 +129,11 @@ def fuse(
         replace_modules(model, plain)
     if to is not None:
         _cast(model, to)
+    tell_followers(model)
     return model
 
 
-def _mergeable(
+def mergeable(
     injected: dict[str, Site], skip_adapters: bool, dtype: torch.dtype | None = None
 ) -> list[InjectedModule]:
     """Return the wrappers to merge, or raise with every reason why some cannot be."""

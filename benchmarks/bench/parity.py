@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .markdown import grid
+from .plots import DPI, WIDTH, colour
 
 WINDOW = 20  # steps in each mean of a kept curve
 SPLITS = ("held_out", "reported")
@@ -145,11 +146,11 @@ def mean_and_spread(parity: Parity, name: str, split: str) -> tuple[float, float
 
 def draw_parity(parity: Parity) -> Figure:
     """Return one panel of loss curves for each seed, and below each the gap between them."""
-    figure = Figure(figsize=(4 * len(parity.seeds), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(WIDTH, 4 * len(parity.seeds)), 4.8), dpi=DPI, layout="constrained")
     rows = figure.subplots(2, len(parity.seeds), squeeze=False, sharex=True, height_ratios=(3, 1))
     for (upper, lower), seed in zip(rows.T, parity.seeds, strict=True):
-        for (name, curve), style in zip(seed.curves.items(), ("-", "--"), strict=True):
-            upper.plot(_steps(curve), curve, style, label=name)
+        for (name, curve), style, width in zip(seed.curves.items(), ("-", "--"), (3.5, 1.2), strict=True):
+            upper.plot(_steps(curve), curve, style, label=name, color=colour(name), linewidth=width)
         first, second = seed.curves.values()
         lower.plot(_steps(first), [a - b for a, b in zip(first, second, strict=True)], color="0.4")
         upper.set_title(f"seed {seed.seed}", fontsize=9)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
+from ..followers import tell_followers
 from ..manifest import Manifest
 from ..module import InjectedModule, device_of
 from ..names import described, outermost_of
@@ -34,13 +35,13 @@ from .agreement import ConfigFrom, differences, require_side, take_configs
 from .base_values import other_base_values
 from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
-from .formats import adapters, loralib, native, peft
+from .formats import adapters, loralib, native, peft, trainer
 from .paths import path_for
 from .renaming import proposal, renaming_for
 from .saving import saved_tensors
 from .tensors import FLOAT_DTYPES, is_finite
 
-ReadFormat = Literal["auto", "minilora", "peft", "loralib", "adapters"]
+ReadFormat = Literal["auto", "minilora", "peft", "trainer", "loralib", "adapters"]
 
 logger = logging.getLogger("minilora")
 
@@ -77,7 +78,8 @@ def load(
     Args:
         model: the same architecture as the one that was saved; changed in place.
         path: of a file written by `save`, a PEFT folder, or what `format` says.
-        format: "auto" takes a folder for PEFT's and a file for minilora's own. "loralib" is a
+        format: "auto" takes a folder for PEFT's and a file for minilora's own. "trainer", told by itself
+            too, is a checkpoint that transformers' Trainer wrote after `slim_checkpoints`. "loralib" is a
             `.safetensors` file of `loralib.lora_state_dict(model)`, with or without a task head; "adapters"
             a folder that the adapters library saved for a BERT, with `use_safetensors=True`.
         config: for "loralib" alone, whose files hold neither r nor alpha.
@@ -130,6 +132,7 @@ def load(
         take_configs(fitted.manifest, fitted.injected)
     if fitted.plan is not None:
         fitted.plan.put_in_place()
+    tell_followers(model)
     return model
 
 
@@ -214,17 +217,17 @@ def fit(file: Path, sites: Sites, injected: Mapping[str, Site], how: Reading, *,
 
 
 def read(path: Path) -> Contents:
-    """Return what a file of minilora's or a PEFT folder holds, without a model.
+    """Return what a file of minilora's, a PEFT folder or a Trainer's checkpoint holds, without a model.
 
     Raises:
         CheckpointError: when the file is not sound, or holds what minilora does not do.
         OSError: when there is no such file, or it cannot be read.
     """
-    with peft.reading(path) if path.is_dir() else native.reading(path) as announced:
+    with _reading(path, Reading()) as announced:
         return announced.contents()
 
 
-def _reading(path: Path, how: Reading, sites: Sites) -> AbstractContextManager[Announced]:
+def _reading(path: Path, how: Reading, sites: Sites | None = None) -> AbstractContextManager[Announced]:
     """Return a context with what a file announces, in whatever format.
 
     Raises:
@@ -238,10 +241,12 @@ def _reading(path: Path, how: Reading, sites: Sites) -> AbstractContextManager[A
             'config goes with format="loralib", whose files hold neither r nor alpha, and with no other: '
             'minilora.load(model, path, format="loralib", config=LoRAConfig(r=8, alpha=16))'
         )
-    if config is not None:
+    if config is not None and sites is not None:
         return loralib.reading(path, config, sites)
     if format == "adapters":
         return adapters.reading(path)
+    if format == "trainer" or (format == "auto" and trainer.is_checkpoint(path)):
+        return trainer.reading(path)
     if format == "peft" or (format == "auto" and path.is_dir()):
         return peft.reading(path, sites, allow_pickle=how.allow_pickle)
     return native.reading(path)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ from ....sites import Sites
 from ....variants.initial import change_since
 from ...atomic import new_folder, write_together, write_whole
 from ...contents import Contents
-from ...tensors import Entry, chunks_of, entries_of
+from ...tensors import chunks_of, entries_of
 from .. import native
 from .card import CARD_FILE, may_be_replaced, model_card
 from .config import CONFIG_FILE, PeftLoraConfig
 from .matching import Expressions, LooseEnds, around_left_out, expression_problem, inner_parts
 from .places import WITHOUT_DROPOUT, Place
 from .placing import Configs, as_read, placed
+from .portable import made_portable, not_portable
 from .reader import MEANING_KEY, TENSOR_FILE, announced, peft_tensors, trained_biases
 from .task import task_of
 from .wording import worded
 
 
-def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
+def write(path: Path, contents: Contents, sites: Sites | None = None, *, portable: bool = False) -> None:
     """Write a folder that PEFT and vLLM load. Inverse: `reading`.
 
     Args:
@@ -40,12 +42,52 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         contents: LoRA sites and modules trained in full; PEFT has no bottleneck adapters.
         sites: of the model that carries them. They are needed for target names shorter than full ones, and to
             know that PEFT's patterns will match nothing else; None goes by the names alone.
+        portable: write what every server reads alike, as `portable` has it.
 
     Raises:
-        CheckpointError: listing what PEFT's format cannot express; nothing is written.
+        CheckpointError: listing what PEFT's format cannot express, or no server takes; nothing is written.
         OSError: when the folder cannot be written.
     """
+    made = composed(contents, sites, path, portable=portable)
+    files: dict[str, Iterable[bytes | bytearray]] = {
+        TENSOR_FILE: chunks_of(entries_of(made.tensors), made.metadata)
+    }
+    if may_be_replaced(path / CARD_FILE):
+        files[CARD_FILE] = [model_card(made.config, made.manifest).encode()]
+    files[CONFIG_FILE] = [json.dumps(made.config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
+    if path.is_dir():
+        write_together(path, files)
+    else:
+        with new_folder(path) as folder:
+            for name, chunks in files.items():
+                write_whole(folder / name, chunks)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What stands in the files of a PEFT folder."""
+
+    tensors: dict[str, Tensor]
+    """By PEFT's names."""
+    metadata: dict[str, str]
+    """Of the tensors' header."""
+    config: dict[str, Any]
+    """The JSON of `adapter_config.json`."""
+    manifest: Manifest
+    """What was asked for, as PEFT knows it."""
+
+
+def composed(
+    contents: Contents, sites: Sites | None, path: Path = Path("adapter"), *, portable: bool = False
+) -> Composed:
+    """Return what `write` writes; the arguments are its own, the path for messages.
+
+    Raises:
+        CheckpointError: listing what PEFT's format cannot express.
+    """
     contents = _without_starts(contents)
+    if portable:
+        contents = made_portable(contents)
     configs: Configs = {
         site: config
         for config, names in contents.manifest.injections
@@ -72,6 +114,8 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         raise CheckpointError(several(problems, outcome="nothing has been written"))
     tensors = peft_tensors({**contents.tensors, **_frozen_but_caught(heads, sites)}, places)
     config = worded(contents, places, configs, sites, bias=bias, heads=heads, rows=rows)
+    if portable and (problems := list(not_portable(places, config["target_modules"]))):
+        raise CheckpointError(several(problems, outcome="nothing has been written"))
     expected: dict[str, Config] = {**as_read(places, configs), **rows}
     if problems := _said_otherwise(path, config, tensors, expected, sites):
         raise CheckpointError(several(problems, outcome="nothing has been written"))
@@ -83,17 +127,7 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         place.target for place in places if place.kind != "attention output"
     )
     metadata = native.header(tensors, {MEANING_KEY: meaning}, contents.base)
-    entries: dict[str, Entry] = entries_of(tensors)
-    files: dict[str, Iterable[bytes | bytearray]] = {TENSOR_FILE: chunks_of(entries, metadata)}
-    if may_be_replaced(path / CARD_FILE):
-        files[CARD_FILE] = [model_card(config, contents.manifest).encode()]
-    files[CONFIG_FILE] = [json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
-    if path.is_dir():
-        write_together(path, files)
-    else:
-        with new_folder(path) as folder:
-            for name, chunks in files.items():
-                write_whole(folder / name, chunks)
+    return Composed(tensors, metadata, config, contents.manifest)
 
 
 def _without_starts(contents: Contents) -> Contents:
