@@ -78,13 +78,14 @@ def fine_tune(run: runs.Run) -> int:
 
     parameters = minilora.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr)
-    steps = args.epochs * len(batches.train)
+    steps = run.choose_epochs(batches) * len(batches.train)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(args.warmup * steps), steps)
     model, optimizer, train, schedule, held_out, test = accelerator.prepare(
         model, optimizer, batches.train, schedule, batches.held_out, batches.reported
     )
 
     with run.recording(" + ".join(method), sources, batches, model, optimizer, schedule):
+        run.before(lambda: {"held_out": evaluate(accelerator, model, held_out)})
         for epoch in run.epochs():  # all of them, or those that an interrupted run still lacks
             model.train()
             losses: list[torch.Tensor] = []

@@ -49,7 +49,7 @@ def fine_tune(run: runs.Run) -> int:
     bank = minilora.Bank(
         model, targets=["query", "value"], trainable=["classifier"], slots=len(ranks), r=args.rank
     )
-    steps = args.epochs * len(batches.train)
+    steps = run.choose_epochs(batches) * len(batches.train)
     optimizers, schedules = {}, {}
     for name, rank in ranks.items():
         bank.add(name, LoRAConfig(r=rank, alpha=args.alpha, dropout=args.dropout))

@@ -1,4 +1,4 @@
-"""The two fine-tunes, end to end, with a tiny BERT on the embedded sample."""
+"""The fine-tunes, end to end, with a tiny BERT on the embedded sample; and the decoder, on some of its text."""
 
 from __future__ import annotations
 
@@ -62,11 +62,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def forget_the_examples() -> None:
-    for name in [
-        name
-        for name in sys.modules
-        if name.partition(".")[0] in ("finetune", "sst2", "imdb", "many", "sweep")
-    ]:
+    scripts = ("finetune", "sst2", "imdb", "many", "generate", "sweep")
+    for name in [name for name in sys.modules if name.partition(".")[0] in scripts]:
         del sys.modules[name]
 
 
@@ -160,6 +157,15 @@ def test_end_to_end(
     assert [record["epoch"] for record in metrics["epochs"]] == [1, 2]
     assert set(metrics["final"]) == {"held_out", "reported"}
     assert all(0 <= result["accuracy"] <= 1 for result in metrics["final"].values())
+    assert set(metrics["before"]) == ({"held_out", "reported"} if script == "sst2" else {"held_out"})
+    gained = "{:.4f} -> {:.4f}  (24 examples".format(
+        metrics["before"]["held_out"]["accuracy"], metrics["final"]["held_out"]["accuracy"]
+    )
+    assert gained in out
+    assert out.index("untrained") < out.index("epoch 1/2")
+    assert metrics["bytes"]["adapter"] == (folder / "adapter.safetensors").stat().st_size
+    assert metrics["bytes"]["base"] == 4 * metrics["parameters"]["base"]
+    assert not metrics["epochs_chosen"]
     compared = ("reloaded", "merged", "fused") if "lora" in kinds else ("reloaded",)
     for name in compared:
         assert metrics["checks"][name]["holds"]
@@ -175,12 +181,94 @@ def test_end_to_end(
     assert f"{metrics['parameters']['trainable']:,} parameters" in out
     assert "steps    6: 3 in each epoch" in out
     assert "NOTICE: 6 steps are few." in out
+    assert str(folder) in out.splitlines()[-4]
+    assert out.splitlines()[-3].split()[0] == "curves.png"
 
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
     minilora.load(model, folder / "adapter.safetensors")
     modules = [m for m in model.modules() if isinstance(m, minilora.InjectedModule)]
     assert {module.kind for module in modules} == kinds | {"trainable"}
     assert minilora.summary(model).trainable == metrics["parameters"]["trainable"]
+
+
+def test_what_is_measured_before_changes_nothing(
+    example: Callable[[str], ModuleType], tiny_bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--output"]
+    script, runs = example("sst2"), example("finetune.runs")
+    assert script.main([*arguments, str(tmp_path / "with")]) == 0
+    monkeypatch.setattr(runs.Run, "before", lambda self, measure: None)
+    assert script.main([*arguments, str(tmp_path / "without")]) == 0
+    results = [tmp_path / folder / "adapter.safetensors" for folder in ("with", "without")]
+    assert results[0].read_bytes() == results[1].read_bytes()
+
+
+@pytest.mark.parametrize(("steps_per_epoch", "epochs"), [(1, 200), (19, 11), (45, 5), (67, 3), (1895, 3)])
+def test_few_examples_are_given_more_epochs(
+    steps_per_epoch: int, epochs: int, example: Callable[[str], ModuleType]
+) -> None:
+    assert example("finetune.arguments").enough_epochs(steps_per_epoch) == epochs
+
+
+@pytest.mark.parametrize("script", ["sst2", "imdb"])
+def test_a_small_run_says_how_many_epochs_it_has_chosen(
+    script: str,
+    example: Callable[[str], ModuleType],
+    tiny_bert: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module in ("finetune.arguments", "finetune.reports"):
+        monkeypatch.setattr(example(module), "ENOUGH_STEPS", 8)
+    folder = tmp_path / "results"
+    run = ["--model", tiny_bert, "--data", str(SAMPLE), "--limit", "16", "--batch-size", "8"]
+    assert example(script).main([*run, "--output", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "steps    8: 2 in each epoch (3 epochs would be 6" in out
+    assert "NOTICE" not in out
+    metrics = read_metrics(folder)
+    assert metrics["epochs_chosen"]
+    assert metrics["arguments"]["epochs"] == len(metrics["epochs"]) == 4
+
+
+def test_a_decoder_learns_to_answer(
+    example: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script, writing, folder = example("generate"), example("finetune.writing"), tmp_path / "results"
+    few = writing.Text(writing.film_sentences().train[:60], writing.film_sentences().held_out[:20])
+    monkeypatch.setattr(script, "film_sentences", lambda: few)
+    monkeypatch.setattr(script, "ASKED", 2)
+    run = ["--pretraining", "1", "--epochs", "2", "--rank", "2", "--output", str(folder)]
+    assert script.main(run) == 0
+    out = capsys.readouterr().out
+    assert {file.name for file in folder.iterdir()} == {"adapter.safetensors", "base", "metrics.json"}
+    metrics = read_metrics(folder)
+    assert metrics["completed"]
+    assert metrics["checks"] == {"off": True, "reloaded": True, "merged": True}
+    assert len(metrics["train_loss"]["questions"]) == 2
+    questions = metrics["perplexity"]["questions"]
+    assert questions["after"] < questions["before"]
+    assert f"{questions['before']:.1f} -> {questions['after']:.1f}" in out
+    held_out = writing.film_questions().held_out
+    for line, each in zip(held_out, metrics["written"], strict=False):
+        assert line.startswith(each["question"])
+        assert f"{each['question']} |{each['after']}" in out
+
+    model = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
+    minilora.load(model, folder / "adapter.safetensors")
+    assert sum(isinstance(module, minilora.LoRALinear) for module in model.modules()) == 3 * 7
+    assert minilora.summary(model).trainable == metrics["parameters"]["trainable"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    for line in writing.film_questions().train[:20]:  # nothing is unknown to it
+        assert tokenizer.decode(tokenizer(line)["input_ids"]).strip() == line
+
+    assert script.main(run) == 2  # results are not overwritten unasked
+    assert "--overwrite" in capsys.readouterr().err
+    assert (EXAMPLES / "generate.py").read_text(encoding="utf-8").count("\n") <= 180
 
 
 def test_three_adapters_side_by_side(
@@ -338,7 +426,7 @@ def test_ctrl_c_while_loading_ends_without_a_traceback(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there, no process sends itself a Ctrl-C")
-@pytest.mark.parametrize("script", ["sst2", "imdb"])
+@pytest.mark.parametrize("script", ["sst2", "imdb", "generate"])
 def test_ctrl_c_while_importing_ends_without_a_traceback(script: str, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)", encoding="utf-8")
     run = subprocess.run(
@@ -500,7 +588,7 @@ def test_each_script_tells_its_whole_story_in_few_lines(script: str) -> None:
         "schedule.step()",
         "optimizer.zero_grad()",
         "minilora.save(",
-        "evaluate(",
+        "run.evaluated(",
     )
     places = [text.index(part, text.index("def fine_tune")) for part in story]
     assert places == sorted(places)

@@ -12,6 +12,9 @@ from finetune.sources import DEFAULT_MODEL, PACKAGED_MODEL, PACKAGED_MODEL_INSTA
 
 Number = TypeVar("Number", int, float)
 
+EPOCHS = 3
+ENOUGH_STEPS = 200  # fewer leave a classifier near guessing, at these learning rates
+
 NOT_GIVEN = object()
 
 
@@ -20,7 +23,12 @@ def positive_int(text: str) -> int:
     return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
 
 
-def _positive_float(text: str) -> float:
+def enough_epochs(steps_per_epoch: int) -> int:
+    """Returns the recipe's number of epochs, or for little data as many as make `ENOUGH_STEPS` steps."""
+    return max(EPOCHS, math.ceil(ENOUGH_STEPS / steps_per_epoch))
+
+
+def positive_float(text: str) -> float:
     return _number(text, float, lambda x: 0 < x < math.inf, "a number above 0")
 
 
@@ -32,7 +40,7 @@ def _share(text: str) -> float:
     return _number(text, float, lambda x: 0 <= x < 1, "a number from 0 up to, not including, 1")
 
 
-def _seed(text: str) -> int:
+def seed_number(text: str) -> int:
     return _number(text, int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
@@ -86,24 +94,25 @@ def argument_parser(
     add("--max-length", type=_length, default=max_length, metavar="N", help=length)
 
     add = parser.add_argument_group("recipe").add_argument
-    add("--epochs", type=positive_int, default=3, metavar="N", help="(default: %(default)s)")
+    epochs = f"(default: {EPOCHS}, or for few examples as many as make {ENOUGH_STEPS} steps)"
+    add("--epochs", type=positive_int, metavar="N", help=epochs)
     size = "examples per step and process (default: %(default)s)"
     add("--batch-size", type=positive_int, default=32, metavar="N", help=size)
     lr = "highest learning rate (default: %(default)s)"
-    add("--lr", type=_positive_float, default=1e-3, metavar="X", help=lr)
+    add("--lr", type=positive_float, default=1e-3, metavar="X", help=lr)
     warmup = "share of the steps in which the learning rate rises (default: %(default)s)"
     add("--warmup", type=_share, default=0.06, metavar="X", help=warmup)
     norm = "scale each step's gradient down to this norm at most; 0: never (default: %(default)s)"
     add("--max-grad-norm", type=_norm, default=1.0, metavar="X", help=norm)
     seed = "decides the split, the order and the initial values (default: %(default)s)"
-    add("--seed", type=_seed, default=0, metavar="N", help=seed)
+    add("--seed", type=seed_number, default=0, metavar="N", help=seed)
     precision = "fp16 is meant for GPUs, bf16 for either (default: %(default)s)"
     add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help=precision)
 
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=positive_int, default=4, metavar="N", help="(default: %(default)s)")
     alpha = "the update is scaled by alpha / rank (default: %(default)g)"
-    add("--alpha", type=_positive_float, default=16.0, metavar="X", help=alpha)
+    add("--alpha", type=positive_float, default=16.0, metavar="X", help=alpha)
     dropout = "dropout on LoRA's input (default: %(default)s)"
     add("--dropout", type=_share, default=0.1, metavar="X", help=dropout)
 

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-LEAST_SPAN = 0.1  # of the axis of accuracy
+LEAST_SPAN = 0.1  # of the axes of loss and accuracy
 
 
 def plot_curves(metrics: dict[str, Any], step_losses: Sequence[float], path: Path) -> None:
@@ -51,18 +51,20 @@ def plot_curves(metrics: dict[str, Any], step_losses: Sequence[float], path: Pat
         loss.plot(at, [record[key]["loss"] for record in records], label=name, **style)
         values = [record[key]["accuracy"] for record in records]
         when = "at the end" if at[-1] == planned else "so far"
-        label = f"{name}, {counts[key]:,} examples: {values[-1]:.3f} {when}"
+        untrained = metrics.get("before", {}).get(key)
+        was = f"{untrained['accuracy']:.3f} untrained, " if untrained else ""
+        label = f"{name} ({counts[key]:,}): {was}{values[-1]:.3f} {when}"
         accuracy.plot(at, values, label=label, **style)
     loss.set_ylabel("cross-entropy")
     loss.set_xlim(0, epochs[-1] + 0.1)
     accuracy.set_ylabel("accuracy")
     accuracy.set_xlim(0.75, epochs[-1] + 0.25)
     accuracy.margins(y=0.15)
-    bottom, top = accuracy.get_ylim()
-    if top - bottom < LEAST_SPAN:  # chance must not look like a steep slope
-        middle = (bottom + top) / 2
-        accuracy.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
     for axes in (loss, accuracy):
+        bottom, top = axes.get_ylim()
+        if top - bottom < LEAST_SPAN:  # chance must not look like a steep slope
+            middle = (bottom + top) / 2
+            axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import minilora
 from finetune import interrupts, reports
+from finetune.arguments import enough_epochs
 from finetune.batches import Batches
 from finetune.checkpoints import Stateful, restore, write_state
 from finetune.curves import plot_curves
@@ -96,6 +97,13 @@ class Run:
         """Where the adapter is saved."""
         return self.folder / ADAPTER
 
+    def choose_epochs(self, batches: Batches) -> int:
+        """Settles `args.epochs` where the command line says nothing, by the number of batches."""
+        steps = math.ceil(len(batches.train) / self.accelerator.num_processes)  # of an epoch
+        self.epochs_chosen = self.args.epochs is None
+        self.args.epochs = self.args.epochs or enough_epochs(steps)
+        return int(self.args.epochs)
+
     @contextmanager
     def recording(
         self,
@@ -126,6 +134,7 @@ class Run:
         bare = accelerator.unwrap_model(model)
         summary = minilora.summary(bare)
         self.metrics = reports.describe(self.title, method, self.args, accelerator, sources, batches, summary)
+        self.metrics["epochs_chosen"] = self.epochs_chosen
         self.order = batches.order
         self.parts: dict[str, Stateful] = {"optimizer": optimizer, "schedule": schedule}
         if accelerator.scaler is not None:  # of fp16
@@ -135,12 +144,20 @@ class Run:
         elif accelerator.is_main_process:
             self.folder = make_folder(self.name, self.args)
         self.say(f"{reports.plan(self.metrics)}\nResults go to {self.folder}\n\n{summary}\n")
+        self.say(reports.heading(self.metrics))
         if self.state is not None:
             self._resume(self.state, bare)
         try:
             yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._interrupted(bare)) from None
+
+    def before(self, measure: Callable[[], dict[str, dict[str, float]]]) -> None:
+        """Takes down what the new classifier gives untrained, by split; a resumed run has that on record."""
+        if self.state is None:
+            with torch.random.fork_rng(devices=[]):  # loaders draw; the training shall not depend on it
+                self.metrics["before"] = measure()
+            self.say(reports.before_line(self.metrics))
 
     def epochs(self) -> Iterator[int]:
         """Counts the epochs from 1, or from where the run was interrupted."""
@@ -203,11 +220,12 @@ class Run:
         self.metrics["checks"] = checks
         self.metrics["sentences"] = sentences
         self.metrics["completed"] = True
+        self.metrics["bytes"]["adapter"] = self.adapter.stat().st_size
         self.metrics["seconds"] = round(time.perf_counter() - self.started, 1)
         self._write_metrics()
         (self.folder / STATE).unlink(missing_ok=True)
         self.say(reports.report(self.metrics))
-        self.say(f"\n{self.metrics['seconds']:.0f} s. In {self.folder}: {ADAPTER}, {METRICS}, {CURVES}")
+        self.say(f"\n{reports.left_behind(self.folder)}")
         return 0 if all(check["holds"] for check in checks.values() if isinstance(check, dict)) else 1
 
     def say(self, text: str) -> None:
