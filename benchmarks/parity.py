@@ -33,7 +33,7 @@ from bench.arguments import positive
 from bench.machine import describe_environment
 from bench.parity import Parity, Seed, draw_parity, parity_text
 from bench.reports import RESULTS
-from finetune.arguments import argument_parser
+from finetune.arguments import EPOCHS, argument_parser
 from finetune.batches import Batches, make_batches
 from finetune.evaluation import evaluate
 from finetune.progress import follow
@@ -162,13 +162,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="as for examples/sst2.py (default: its default)")
     parser.add_argument("--data", help="folder or hub name of the data set (default: GLUE SST-2)")
     parser.add_argument("--limit", type=positive, help="train and evaluate on this many examples at most")
-    parser.add_argument("--epochs", type=positive, default=3)
-    parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=positive, help=f"(default: {EPOCHS})")
+    parser.add_argument("--batch-size", type=positive, help="(default: the recipe's)")
+    parser.add_argument("--lr", type=float, help="(default: the recipe's)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's choice)")
     parser.add_argument("--output", type=Path, help="where to write the .json, .md and .png")
-    recipe = argument_parser("sst2", None, data=DATA, max_length=MAX_LENGTH).parse_args([])
+    recipe = argument_parser("sst2", None, data=DATA, max_length=MAX_LENGTH).parse_args(
+        [f"--epochs={EPOCHS}"]  # however few the examples are
+    )
     return parser.parse_args(argv, namespace=recipe)
 
 
