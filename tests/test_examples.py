@@ -1,4 +1,4 @@
-"""The fine-tunes, end to end, with a tiny BERT on the embedded sample; and the decoder, on some of its text."""
+"""The fine-tunes, whole, with a tiny BERT on the embedded sample, and the decoder on some of its text."""
 
 from __future__ import annotations
 
