@@ -139,7 +139,7 @@ def report(metrics: dict[str, Any], folder: Path) -> str:
         lines.append(f"  {name:<9} {values['before']:7.1f} -> {values['after']:.1f}")
     for when in ("before", "after"):
         lines += ["", f"Held-out questions and what the decoder makes of them, {when}:"]
-        lines += [f"  {each['question']} |{each[when]}" for each in metrics["written"]]
+        lines += [f"  {each['question']} |{each[when] or ' (ends there)'}" for each in metrics["written"]]
     same = {
         "off": "LoRA switched off, against the decoder before",
         "reloaded": "the saved file on a fresh base, against the trained model",
