@@ -7,7 +7,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constr
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all check lint format wheel-check docs clean
+.PHONY: help demo test test-all check lint format wheel-check docs results clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,7 +41,12 @@ wheel-check: $(VENV)/.dev  ## Build the wheel and use it in a fresh environment
 	bash scripts/wheel_check.sh $(RUN)
 
 docs: $(VENV)/.docs  ## Build the documentation into site/
-	$(RUN) -m mkdocs build --strict
+	@rm -rf site
+	$(RUN) -m sphinx -q --fail-on-warning -d build/doctrees docs site
+	@echo "Read site/index.html"
+
+results: $(VENV)/.made  ## Write the measured figures of README and docs from the files of the runs
+	$(RUN) scripts/make_results.py $(ARGS)
 
 clean:  ## Remove caches and build output (rm -r .venv removes the environment)
 	rm -rf build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(report) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(f"# {title}\n\n{curves_text(curves)}\n", encoding="utf-8")
-    draw_curves(curves, title).savefig(output.with_suffix(".png"), dpi=120)
+    draw_curves(curves, title).savefig(output.with_suffix(".png"))
     print(curves_text(curves))
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/train_speed.py                        # 4 layers of BERT-base, 16 x 128, fp32 and bf16
     python benchmarks/train_speed.py --sweep rank           # how the cost grows: one curve per contestant
+    python benchmarks/train_speed.py --dora                 # DoRA, against LoRA
     python benchmarks/train_speed.py --device cuda --layers 12 --batch 32
     python benchmarks/train_speed.py --device cuda --model llama-1b --batch 4 --length 512
 
@@ -12,7 +13,7 @@ weight gradient is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from bench.agreement import compare_losses
 from bench.arguments import parser_for, positive, start
 from bench.loads import AXES, Load
 from bench.memory import peak_memory, resident_memory
-from bench.methods import TRAINING_METHODS, TrainingMethod
+from bench.methods import DORA_METHODS, TRAINING_METHODS, TrainingMethod
 from bench.reports import finish
 from bench.setups import (
     PRECISIONS,
@@ -35,8 +36,9 @@ from bench.timing import Contestant, device_clock, race
 from bench.unmeasured import noting_why_not
 
 REFERENCE = "frozen-bound"
+MINILORA = "minilora"
 PEFT = "PEFT"
-SWEPT = (REFERENCE, "plain form", "minilora", PEFT)
+SWEPT = (REFERENCE, "plain form", MINILORA, PEFT)
 LEARNING_RATE = 1e-4
 
 
@@ -76,7 +78,9 @@ class TrainingStep:
         return resident + peak_memory(self.run, self.setup.device)
 
 
-def measure(load: Load, names: Sequence[str], *, rounds: int, point: int | None = None) -> Iterator[Row]:
+def measure(
+    load: Load, methods: Mapping[str, TrainingMethod], *, rounds: int, point: int | None = None
+) -> Iterator[Row]:
     """Yield a row for each contestant.
 
     Raises:
@@ -85,9 +89,9 @@ def measure(load: Load, names: Sequence[str], *, rounds: int, point: int | None 
     steps: dict[str, TrainingStep] = {}
     losses: dict[str, float] = {}
     reasons: dict[str, str] = {}
-    for name in names:
+    for name, method in methods.items():
         with noting_why_not(name, reasons):
-            step = TrainingStep(TRAINING_METHODS[name], load)
+            step = TrainingStep(method, load)
             losses[name] = step.run().item()
             steps[name] = step
     compare_losses(losses, load.setup.precision)
@@ -97,7 +101,7 @@ def measure(load: Load, names: Sequence[str], *, rounds: int, point: int | None 
         rounds=rounds,
         shortest=0.02,
     )
-    for name in names:
+    for name in methods:
         if name in reasons:
             yield Row(name=name, point=point, reason=reasons[name])
             continue
@@ -106,10 +110,11 @@ def measure(load: Load, names: Sequence[str], *, rounds: int, point: int | None 
         yield Row(name=name, point=point, samples=samples[name], memory=memory)
 
 
-def table(load: Load, *, rounds: int) -> Table:
-    """Return the comparison of all methods at one point."""
-    rows = list(measure(load, list(TRAINING_METHODS), rounds=rounds))
-    return Table(title=load.title, reference=REFERENCE, memory_reference=PEFT, rows=rows)
+def table(load: Load, *, rounds: int, dora: bool) -> Table:
+    """Return the comparison of all methods at one point; of those with DoRA against LoRA without."""
+    rows = list(measure(load, DORA_METHODS if dora else TRAINING_METHODS, rounds=rounds))
+    reference = MINILORA if dora else REFERENCE
+    return Table(title=load.title, reference=reference, memory_reference=PEFT, rows=rows)
 
 
 def sweep(load: Load, name: str, *, rounds: int, quick: bool) -> Table:
@@ -118,7 +123,8 @@ def sweep(load: Load, name: str, *, rounds: int, quick: bool) -> Table:
     rows: list[Row] = []
     for value in axis.quick_points if quick else axis.points:
         print(f"{axis.label}: {value}", flush=True)
-        rows += measure(load.swept(name, value), SWEPT, rounds=rounds, point=value)
+        methods = {method: TRAINING_METHODS[method] for method in SWEPT}
+        rows += measure(load.swept(name, value), methods, rounds=rounds, point=value)
     return Table(
         title=f"{load.title}; swept: {axis.label}",
         axis=axis.label,
@@ -143,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         help="tables to make; by default fp32 and bf16-autocast, on CUDA or in a sweep one of the two",
     )
-    parser.add_argument("--sweep", choices=list(AXES), help="measure along this axis instead of at one point")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sweep", choices=list(AXES), help="measure along this axis instead of at one point")
+    kind.add_argument("--dora", action="store_true", help="measure DoRA, against LoRA")
     parser.add_argument("--compile", action="store_true", help="torch.compile every contestant")
     args = start(parser, argv)
     if args.quick:
@@ -166,9 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             tables.append(
                 sweep(load, args.sweep, rounds=args.rounds, quick=args.quick)
                 if args.sweep
-                else table(load, rounds=args.rounds)
+                else table(load, rounds=args.rounds, dora=args.dora)
             )
-    finish("train_speed", args, tables, variant=args.sweep or "")
+    finish("train_speed", args, tables, variant=args.sweep or ("dora" if args.dora else ""))
 
 
 if __name__ == "__main__":

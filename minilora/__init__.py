@@ -10,7 +10,9 @@ minilora.merge(model)                               # the base model's own speed
 
 from .adapter import Adapter
 from .bank import Bank, Combination, combine
-from .config import AdapterConfig, LoRAConfig
+from .config import AdapterConfig, LoRAConfig, RowsConfig
+from .diagnosis.gradients import check_gradients
+from .diagnosis.rounding import merge_loss
 from .errors import CheckpointError, MergeError, MiniLoRAError, TargetError
 from .files.loading import load
 from .files.saving import adapter_state_dict, save
@@ -20,9 +22,13 @@ from .lora import LoRA
 from .lora_linear import LoRALinear
 from .merging import fuse, merge, unmerge
 from .module import InjectedModule
+from .rows import TrainedRows
 from .summary import Summary, SummaryRow, summary
 from .trained import TrainableHead, TrainedParameter
-from .training import disabled, freeze, parameter_groups, trainable_parameters
+from .trainers.checkpoints import slim_checkpoints
+from .trainers.groups import parameter_groups
+from .trainers.weights import merged_weights
+from .training import disabled, freeze, trainable_parameters
 
 __version__ = "0.1.0"
 
@@ -39,12 +45,15 @@ __all__ = [
     "LoRALinear",
     "MergeError",
     "MiniLoRAError",
+    "RowsConfig",
     "Summary",
     "SummaryRow",
     "TargetError",
     "TrainableHead",
     "TrainedParameter",
+    "TrainedRows",
     "adapter_state_dict",
+    "check_gradients",
     "combine",
     "disabled",
     "eject",
@@ -53,8 +62,11 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "merge_loss",
+    "merged_weights",
     "parameter_groups",
     "save",
+    "slim_checkpoints",
     "summary",
     "trainable_parameters",
     "unmerge",

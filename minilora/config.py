@@ -1,4 +1,4 @@
-"""What an injection is made of: two frozen dataclasses, checked when they are built."""
+"""What an injection is made of: three frozen dataclasses, checked when they are built."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import dataclasses
 import math
 import numbers
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 
-from .errors import MiniLoRAError, several
+from .errors import MiniLoRAError, listed, several
 from .words import foreign_words
 
 Initialisation = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
@@ -27,7 +28,7 @@ WIDEST = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What both configs share: a check when built, and a way to JSON and back."""
+    """What all configs share: a check when built, and a way to JSON and back."""
 
     kind: ClassVar[str]
     """What files call a config of this class."""
@@ -107,7 +108,7 @@ class LoRAConfig(Config):
     """
 
     kind: ClassVar[str] = "lora"
-    later: ClassVar[tuple[str, ...]] = ("dora",)
+    later: ClassVar[tuple[str, ...]] = ("dora", "lora_bias")
 
     r: int = 8
     """Rank of the update, at least 1. Above the smaller side of a layer it is honoured, with a warning."""
@@ -120,6 +121,9 @@ class LoRAConfig(Config):
     dora: bool = False
     """Train the norm of each output's weights beside its direction (DoRA, Liu et al. 2024,
     https://arxiv.org/abs/2402.09353): linear layers, convolutions and embeddings."""
+    lora_bias: bool = False
+    """Give B a bias beta, zero at first: the layer's bias b becomes b + scaling * beta. Layers that can have
+    one: linear layers and convolutions, with a bias or without."""
     init: Initialisation = "kaiming"
     """How A and B begin: "kaiming" draws A from U(-1/sqrt(in), 1/sqrt(in)), "gaussian" from N(0, (1/r)^2),
     and B is zero. "orthogonal" draws both, so that B A is zero, to rounding. "pissa" (Meng et al. 2024,
@@ -140,7 +144,8 @@ class LoRAConfig(Config):
     def tensor_names(self) -> tuple[str, ...]:
         """The names of the tensors of a layer, as files have them."""
         start = ("lora_A_start", "lora_B_start") if self.begins_at_weight else ()
-        return ("lora_A", "lora_B", *start, *(("lora_magnitude",) if self.dora else ()))
+        more = ("lora_magnitude",) * self.dora + ("lora_bias",) * self.lora_bias
+        return ("lora_A", "lora_B", *start, *more)
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
@@ -149,7 +154,7 @@ class LoRAConfig(Config):
             yield f"alpha must be a finite number, not {self.alpha!r}"
         if not _is_real(self.dropout) or not 0 <= self.dropout <= 1:
             yield f"dropout must be a number in [0, 1], not {self.dropout!r}"
-        for field in ("rslora", "dora"):
+        for field in ("rslora", "dora", "lora_bias"):
             if not isinstance(value := getattr(self, field), bool):
                 yield f"{field} must be True or False, not {value!r}"
         yield from _choice("init", self.init, get_args(Initialisation))
@@ -219,6 +224,50 @@ class AdapterConfig(Config):
             yield from _width("hidden_size", self.hidden_size)
         yield from _choice("activation", self.activation, get_args(Activation))
         yield from _choice("placement", self.placement, get_args(Placement))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig(Config):
+    """Some rows of a weight, trained by themselves: those of new tokens in an embedding.
+
+    Raises:
+        MiniLoRAError: listing every field that is out of range.
+
+    Example:
+        >>> minilora.RowsConfig(rows=range(100, 103)).rows
+        (100, 101, 102)
+    """
+
+    kind: ClassVar[str] = "rows"
+
+    rows: Sequence[int]
+    """Which rows, each once, in any order: a list, a range, ...; kept as a tuple in ascending order."""
+    of: str | None = None
+    """The site whose rows these are, at a further module that computes with the same weight, as a tied
+    output layer does. `inject` fills it in."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the tensors of a site, as files have them; they are below `of` where that is given."""
+        return ("trained_rows",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, Iterable):
+            object.__setattr__(self, "rows", tuple(map(_plain, self.rows)))
+        super().__post_init__()
+        object.__setattr__(self, "rows", tuple(sorted(self.rows)))
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        if self.of is not None and (not isinstance(self.of, str) or not self.of):
+            yield f"of must be the name of a site, or None, not {self.of!r:.100}"
+        if not isinstance(self.rows, tuple) or not self.rows:
+            yield f"rows must be a list of ints, of one at least, not {self.rows!r:.100}"
+            return
+        if wrong := [f"{row!r:.100}" for row in self.rows if type(row) is not int or row < 0]:
+            yield f"rows must be ints from 0 on, not {listed(wrong)}"
+        if twice := [row for row, count in Counter(map(repr, self.rows)).items() if count > 1]:
+            yield f"rows has {listed(twice)} more than once"
 
 
 def plain_dtype(value: object) -> Any:

@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from .config import AdapterConfig, Config, LoRAConfig
+from .config import AdapterConfig, Config, LoRAConfig, RowsConfig
 from .errors import TargetError, quoted, several
+from .followers import tell_followers
 from .manifest import Manifest, grouped
 from .module import is_called
 from .names import described, lies_within
 from .plan import build
 from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
 from .targets import Target, Targets, as_list, choices, head_modules, linear_names_within, matching, select
+from .ties import at_all_owners
 from .torch_internals import own_parameters
 from .words import explains_foreign_words, meant
 
@@ -29,7 +31,7 @@ def inject(
     trainable: Targets | None = None,
     exclude: Targets = (),
 ) -> nn.Module:
-    """Put a LoRA update or a bottleneck adapter at every site that the targets match, and freeze the base.
+    """Put what a config says at every site that the targets match, and freeze the base.
 
     The model's outputs do not change: what is new starts at zero effect. Frozen means frozen: a BatchNorm
     of the base stays in evaluation, and its running statistics as they are. Calling again adds to what is
@@ -43,8 +45,10 @@ def inject(
             attention's packed projections included, but the output head and what `trainable` names. What
             matches no module is looked for among parameters ("in_proj_weight"). Each must match. `[]` where
             `trainable` is all that is wanted.
-        config: a `LoRAConfig` or an `AdapterConfig`; or a mapping of targets to configs, of which the first
-            that matches a site is its own; or a callable `(name, module or parameter) -> config`.
+        config: a `LoRAConfig`, an `AdapterConfig` or a `RowsConfig`; or a mapping of targets to configs, of
+            which the first that matches a site is its own; or a callable `(name, module or parameter) ->
+            config`. Rows of a weight that several modules share, as a tied output layer does, are trained
+            as one at all of these.
         trainable: modules and parameters to train in full and to save with the adapter, such as
             ["classifier", "norm.bias"]; a copy is trained and the original kept. A list of modules stands
             for its members. `()` says that none is meant, and silences the warning that a model with a task
@@ -100,6 +104,7 @@ def inject(
     if trainable is None:
         _warn_of_frozen_head(sites, [site.owner for site in chosen])
     plan.put_in_place()
+    tell_followers(model)
     return model
 
 
@@ -128,6 +133,7 @@ def eject(model: nn.Module) -> nn.Module:
             wrapper.ejected()
         originals[site.outermost] = site.bare
     replace_modules(model, originals)
+    tell_followers(model)
     return model
 
 
@@ -165,17 +171,19 @@ def _configured(
         found = of_site(site)
         if found is None and isinstance(config, Mapping):
             without.append(site.name)
-        elif not isinstance(found, (LoRAConfig, AdapterConfig)):
+        elif not isinstance(found, (LoRAConfig, AdapterConfig, RowsConfig)):
             raise TypeError(
-                f"config must be a LoRAConfig or an AdapterConfig, not {found!r:.100}{meant(found)}"
+                "config must be a LoRAConfig, an AdapterConfig or a RowsConfig, not "
+                f"{found!r:.100}{meant(found)}"
             )
         else:
             # LoRA at a module is LoRA on its weight: one site, one name.
-            on_weight = isinstance(found, LoRAConfig) and site.parameter == "weight" and site.owner
-            placed.append((found, site.owner if on_weight else site.name))
+            on_weight = not isinstance(found, AdapterConfig) and site.parameter == "weight" and site.owner
+            name = site.owner if on_weight else site.name
+            placed += [(each, owner) for owner, each in at_all_owners(found, sites[name], sites).items()]
     if without:
         problems.append(f"config: no entry matches {described(without)}")
-    return placed, problems
+    return list(dict.fromkeys(placed)), problems  # two targets may have been one weight
 
 
 def _members(heads: dict[str, Site], sites: Sites) -> dict[str, Site]:

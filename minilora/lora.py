@@ -6,28 +6,28 @@
     y = x W^T + b + s (dropout(x) A^T) B^T        W_eff = W + s B A        s = alpha / r
 
 W and b belong to the base and stay as they are; A and B are trained. B starts at zero, so that injection
-changes nothing until a step is taken. Here the base runs its own forward with W_eff as a value in W's place;
-`lora_linear` has the fast path for linear layers.
+changes nothing until a step is taken. Where B has a bias, b + s beta stands in the place of b. Here the base
+runs its own forward with W_eff as a value in W's place; `lora_linear` has the fast path for linear layers.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dora
 from .config import LoRAConfig
 from .errors import MergeError, MiniLoRAError, TargetError
 from .functional import effective_weight
-from .initial import change_since, initial_values
 from .layout import Layout, layout_of
 from .linear import is_plain
 from .mergeable import Mergeable, is_merged
 from .module import bare_module, device_of, dtype_for, generator_for
-from .torch_internals import TransposedConvolution, is_compiling, own_tensors, put_parameter
+from .torch_internals import TransposedConvolution, own_tensors, put_parameter
+from .variants import dora
+from .variants.bias import effective_bias, shape_of_bias
+from .variants.initial import change_since, initial_values
 from .weight import EffectiveWeight
 
 
@@ -62,6 +62,7 @@ class LoRA(Mergeable):
     lora_A_start: nn.Parameter  # A0, frozen, where the update is the change since A0 and B0
     lora_B_start: nn.Parameter  # B0, frozen
     lora_magnitude: nn.Parameter  # (out,), where the config says DoRA
+    lora_bias: nn.Parameter  # (out,), where the config says so
 
     def __init__(
         self,
@@ -74,12 +75,7 @@ class LoRA(Mergeable):
     ) -> None:
         bare = bare_module(base)
         super().__init__(base, parameter)
-        weight = own_tensors(bare)[parameter]
-        if not is_plain(weight):
-            kind = type(weight).__name__
-            raise TargetError(
-                f"{parameter!r} of {type(bare).__name__} is a {kind} of {weight.dtype}, no weight"
-            )
+        weight = self.plain_parameter()
         if config.dropout and isinstance(bare, (nn.MultiheadAttention, nn.Bilinear, TransposedConvolution)):
             raise TargetError(f"dropout has no input to act on inside {type(bare).__name__}; set dropout=0")
         self._set_up(config, layout_of(bare, parameter, weight), site, device)
@@ -91,8 +87,7 @@ class LoRA(Mergeable):
         self.site = site
         self.layout = layout
         self.scaling = config.scaling
-        self._original = None
-        self._told: set[str] = set()
+        self._originals = None
         device, dtype = device or device_of(self.bare), dtype_for(self.bare, config.torch_dtype)
         shapes = (*layout.leading, config.r, layout.inputs), (*layout.leading, layout.outputs, config.r)
         for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
@@ -111,6 +106,10 @@ class LoRA(Mergeable):
                 )
             magnitude = torch.empty(layout.outputs, device=device, dtype=dtype)
             put_parameter(self, "lora_magnitude", nn.Parameter(magnitude))
+        self.replaces = (self.parameter, *(("bias",) if config.lora_bias else ()))
+        if config.lora_bias:
+            shape = shape_of_bias(self.bare, self.base, self.parameter, layout.outputs)
+            put_parameter(self, "lora_bias", nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.listen_to_state_dicts()
         self.reset_parameters(site)
 
@@ -129,6 +128,8 @@ class LoRA(Mergeable):
         if self.config.begins_at_weight:
             self.lora_A_start.copy_(self.lora_A)
             self.lora_B_start.copy_(self.lora_B)
+        if self.config.lora_bias:
+            self.lora_bias.zero_()
         if self.config.dora and not self.unmerged_weight().is_meta:
             self.lora_magnitude.copy_(self._norms(self.unmerged_weight()))
 
@@ -146,7 +147,7 @@ class LoRA(Mergeable):
         """Return the layer's output with each output scaled by its magnitude, where the config says DoRA."""
         if self._outputs_lie_in is None or self.merged or not self.enabled:
             return y
-        bias = getattr(self.bare, "bias", None)
+        bias = getattr(self, "bias", None)
         factors = dora.factors(self.lora_magnitude, self._norms(self.unmerged_weight()))
         return dora.rescaled(y, factors, bias, self._outputs_lie_in)
 
@@ -177,30 +178,12 @@ class LoRA(Mergeable):
         Raises:
             MiniLoRAError: when dropout is on, which would have no effect.
         """
-        site = self.site or type(self.bare).__name__
-        where = repr(f"{site.removesuffix(f'.{self.parameter}')}.{self.parameter}")
         if self.training and self.config.dropout:
             raise MiniLoRAError(
-                f"{where}: dropout has nothing to act on in {function}, which computes with the whole "
-                "weight; set dropout=0"
+                f"{self.called()}: dropout has nothing to act on in {function}, which computes with the "
+                "whole weight; set dropout=0"
             )
-        if is_compiling() or function in self._told:
-            return
-        self._told.add(function)
-        warnings.warn(
-            f"{where}: {function} has no low-rank rule, so W + scaling B A is formed, as large as W",
-            UserWarning,
-            stacklevel=5,
-        )
-
-    def placed_at(self, site: str) -> str:
-        """Return the module's name for its `weight`, else the parameter's."""
-        return site if self.parameter == "weight" else f"{site}.{self.parameter}"
-
-    def saved_state(self) -> dict[str, Tensor]:
-        """Return A, B and what goes with them, below the parameter's name unless that is "weight"."""
-        below = "" if self.parameter == "weight" else f"{self.parameter}."
-        return {below + name: tensor for name, tensor in own_tensors(self).items()}
+        super().tell_of_forming(function)
 
     def delta_weight(self) -> Tensor:
         """Return s B A, (..., out, in), in A's dtype, whatever the base's layout."""
@@ -224,16 +207,37 @@ class LoRA(Mergeable):
             return dora.effective_weight(weight, A, B, self.scaling, m, transposed=transposed, dtype=dtype)
         return effective_weight(weight, A, B, self.scaling, transposed=transposed, dtype=dtype)
 
+    def effective_bias(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return b + s beta, from the unmerged b; in b's dtype, or W's, unless another is given."""
+        bias = self.unmerged("bias")
+        own = next(filter(is_plain, (bias, self.unmerged_weight(), self.lora_bias)))  # W may be quantised
+        return effective_bias(bias, self.lora_bias, self.scaling, dtype or own.dtype)
+
+    def effective_values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return W_eff, and the effective bias where B has one, by their names in the base."""
+        values = super().effective_values(dtype)
+        return {**values, "bias": self.effective_bias(dtype)} if self.config.lora_bias else values
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, (out,), or None; where B has one, what this layer applies at present."""
+        if self.config.lora_bias and self.enabled and not self.merged:
+            return self.effective_bias()
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]  # perhaps an AttributeError, as is right
+        return bias
+
     def reach(self) -> Tensor:
         """Return a bound on the values of s B A: the largest sum of a row of |B|, times the largest |A|.
 
-        With DoRA, on those of c V - W: no value of c V exceeds the largest magnitude.
+        With DoRA, on those of c V - W: no value of c V exceeds the largest magnitude. Where B has a bias, on
+        b + s beta, too.
         """
+        moved = self.effective_bias(torch.float64).abs().max() if self.config.lora_bias else 0.0
         if self.config.dora:
             m = self.lora_magnitude.detach().double().abs().max()
-            return m + self.unmerged_weight().abs().max().double()
+            return m + self.unmerged_weight().abs().max().double() + moved
         A, B = (factor.detach().double().abs() for factor in self.factors())
-        return abs(self.scaling) * B.sum(-1).max() * A.max()
+        return abs(self.scaling) * B.sum(-1).max() * A.max() + moved
 
     def substituted(self) -> Tensor:
         """Return the weight that outside code may read and compute with: what this layer applies at present.
@@ -257,6 +261,7 @@ class LoRA(Mergeable):
         details = [f"r={self.config.r}", f"alpha={self.config.alpha:g}"]
         details += ["rslora"] if self.config.rslora else []
         details += [f"dropout={self.config.dropout:g}"] if self.config.dropout else []
+        details += ["lora_bias"] if self.config.lora_bias else []
         return f"{'DoRA' if self.config.dora else 'LoRA'} {' '.join(details)}"
 
     def extra_repr(self) -> str:

@@ -16,12 +16,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .config import LoRAConfig
 from .errors import TargetError
-from .functional import add_low_rank, effective_linear, prefers_weight_form
+from .functional import add_low_rank, prefers_weight_form
 from .layout import Layout
 from .linear import call_problem, computes_plainly, is_plain, linear_shape
 from .lora import LoRA
 from .module import InjectedModule, bare_module
 from .torch_internals import AttentionOutput, is_compiling, own_tensors
+from .variants.dora_linear import magnitude_linear
+from .variants.plain_linear import effective_linear
 
 
 class LoRALinear(LoRA):
@@ -47,7 +49,7 @@ class LoRALinear(LoRA):
     def __init__(
         self, base: nn.Module, config: LoRAConfig, *, site: str = "", device: torch.device | None = None
     ) -> None:
-        shape = linear_shape(base)
+        shape = linear_shape(bare_module(base))
         if shape is None:
             raise TargetError(f"{type(bare_module(base)).__name__} is not a linear layer")
         # Past `Substitution`: the base is called as it is, whatever its weight may be.
@@ -66,17 +68,20 @@ class LoRALinear(LoRA):
         if self.merged or not self.enabled:
             self.require_unmerged_to_train()
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
-        return self.rescaled(self._with_low_rank(*args, **kwargs))  # type: ignore[no-any-return]
-
-    def _with_low_rank(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return x (W + s B A)^T + b, in the form that is right and cheaper here."""
-        if len(args) == 1 and not kwargs and self._takes_weight_form(x := args[0]):
-            weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
-            return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
+        if len(args) == 1 and not kwargs and self._takes_weight_form(args[0]):
+            return self._in_weight_form(args[0])
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = args[0] if args else next(iter(kwargs.values()))
         x = F.dropout(x, self.config.dropout, self.training)
-        return add_low_rank(y, x, *self.factors(), self.scaling)
+        bias = self.lora_bias if self.config.lora_bias else None
+        return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling, bias))  # type: ignore[no-any-return]
+
+    def _in_weight_form(self, x: Tensor) -> Tensor:
+        weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
+        if self.config.dora:
+            m = self.lora_magnitude
+            return magnitude_linear(x, weight, self.bias, A, B, self.scaling, m, transposed=transposed)
+        return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
 
     def _takes_weight_form(self, x: Tensor) -> bool:
         """Return whether W_eff may stand for the base's own call here, and is the cheaper way."""
@@ -97,12 +102,6 @@ class LoRALinear(LoRA):
                 self.require_unmerged_to_train()
             return self.base.weight  # type: ignore[return-value]
         return self.substituted()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, (out,), or None."""
-        bias: Tensor | None = getattr(self.base, "bias", None)
-        return bias
 
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return why W_eff cannot take W's place, as `LoRA` does, or would not do what this layer does."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .config import AdapterConfig, Config, LoRAConfig
+from .config import AdapterConfig, Config, LoRAConfig, RowsConfig
 from .sites import Site
 from .trained import TrainableHead
 
-CONFIGS: dict[str, type[Config]] = {config.kind: config for config in (LoRAConfig, AdapterConfig)}
+CONFIGS: dict[str, type[Config]] = {config.kind: config for config in (LoRAConfig, AdapterConfig, RowsConfig)}
 """The config of each kind that has one, by the kind's name."""
 
 

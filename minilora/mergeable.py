@@ -1,4 +1,4 @@
-"""`Mergeable`: a substitution whose value can be formed, and swapped in for a time or for good.
+"""`Mergeable`: a substitution whose values can be formed, and swapped in for a time or for good.
 
 merge       W_eff takes the parameter's place; the original is kept, untouched
 unmerge     the very same original comes back
@@ -8,7 +8,7 @@ fused       W_eff stays, and the original is let go
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from .errors import MergeError, MiniLoRAError
 from .linear import is_managed, is_plain
 from .module import InjectedModule, signable
-from .torch_internals import own_tensors, put_parameter
+from .torch_internals import own_parameters, own_tensors, put_parameter
 from .view import Substitution
 
 
 class Mergeable(Substitution):
     """A substitution whose value, `effective_weight`, can take the parameter's place as a tensor."""
 
-    _original: tuple[nn.Parameter] | None = None
-    """The parameter that was there before merging. In a tuple: a bare one would register itself."""
+    _originals: dict[str, nn.Parameter | None] | None = None
+    """The parameters that were there before merging. In a dictionary: a bare one would register itself."""
 
     def effective_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return what the base computes with, as a new tensor of the parameter's shape.
@@ -34,6 +34,10 @@ class Mergeable(Substitution):
             dtype: that it is rounded to, once; None means the parameter's own.
         """
         raise NotImplementedError
+
+    def effective_values(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return `effective_weight`, and what else takes a parameter's place, by their names in the base."""
+        return {self.parameter: self.effective_weight(dtype)}
 
     def reach(self) -> Tensor:
         """Return a bound on how far the values of `effective_weight` are from the parameter's, in float64."""
@@ -58,15 +62,18 @@ class Mergeable(Substitution):
 
     def unmerged_weight(self) -> Tensor:
         """Return W, whether merged or not."""
-        if self._original is not None:
-            return self._original[0]
-        weight: Tensor = getattr(self.bare, self.parameter)
+        kept = None if self._originals is None else self._originals[self.parameter]
+        weight: Tensor = getattr(self.bare, self.parameter) if kept is None else kept
         return weight
+
+    def unmerged(self, name: str) -> nn.Parameter | None:
+        """Return what the base has, or had before merging, under a parameter's name."""
+        return (self._originals or own_parameters(self.bare)).get(name)
 
     @property
     def merged(self) -> bool:
         """Whether the base computes with W_eff at present."""
-        return self._original is not None
+        return self._originals is not None
 
     @torch.no_grad()
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
@@ -75,25 +82,25 @@ class Mergeable(Substitution):
         Args:
             dtype: that W_eff would be rounded to; None means W's own.
         """
-        weights = self.replaced_by_merging()
-        if not weights:
+        weight = self.replaced_by_merging().get(self.parameter)
+        if weight is None:
             return self.weight_problem()
-        if not self.merged and is_merged(weights[0]):
+        if not self.merged and is_merged(weight):
             return "it is merged in another model, which shares the layer: unmerge that one first"
-        if weights[0].is_meta and is_managed(self.bare):
+        if weight.is_meta and is_managed(self.bare):
             return (
                 "its weight is offloaded and has no values here: merge or fuse before dispatching the model"
             )
-        return self._overflow(weights[0], dtype or weights[0].dtype)
+        return self._overflow(weight, dtype or weight.dtype)
 
     def weight_problem(self) -> str:
         """Return why the base's weight is not one that W_eff can be formed from and take the place of."""
         return f"{self.parameter!r} of {type(self.bare).__name__} is no longer a parameter of its own"
 
     def _overflow(self, weight: Tensor, dtype: torch.dtype) -> str | None:
-        """Return how many values of W_eff are infinite or NaN where W's are not, in words, or None.
+        """Return how many merged values are infinite or NaN where the base's are not, in words, or None.
 
-        W_eff is formed only where a bound on its values says that it may be needed.
+        They are formed only where a bound on them says that it may be needed.
         """
         reach = self.reach()
         if weight.is_meta or reach.is_meta or not weight.numel():
@@ -102,18 +109,20 @@ class Mergeable(Substitution):
         bound = torch.maximum(low.double().abs(), high.double().abs()) + reach.to(weight.device)
         if bound.item() < torch.finfo(dtype).max / 2:
             return None
-        lost = ~torch.isfinite(self.effective_weight(dtype)) & torch.isfinite(weight)
-        if not (count := int(lost.sum())):
-            return None
-        return (
-            f"{count} of {weight.numel()} values of W + scaling B A are not finite in {dtype}: A or B holds "
-            "NaN or inf, or the values are too large for it"
-        )
+        for name, value in self.effective_values(dtype).items():
+            lost, original = ~torch.isfinite(value), self.unmerged(name)
+            if count := int((lost if original is None else lost & torch.isfinite(original)).sum()):
+                what = "W + scaling B A" if name == self.parameter else f"the merged {name!r}"
+                return (
+                    f"{count} of {value.numel()} values of {what} are not finite in {dtype}: A or B holds "
+                    "NaN or inf, or the values are too large for it"
+                )
+        return None
 
-    def replaced_by_merging(self) -> tuple[nn.Parameter, ...]:
-        """Return W in the base's layout; nothing where it is no plain parameter."""
-        weight = self._original[0] if self._original else own_tensors(self.bare).get(self.parameter)
-        return (weight,) if is_plain(weight) and isinstance(weight, nn.Parameter) else ()
+    def replaced_by_merging(self) -> dict[str, nn.Parameter]:
+        """Return W in the base's layout, and what else is replaced; nothing where W is no plain parameter."""
+        found = {name: p for name in self.replaces if (p := self.unmerged(name)) is not None}
+        return found if is_plain(found.get(self.parameter)) else {}
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -126,65 +135,76 @@ class Mergeable(Substitution):
         """
         if self.merged:
             return
-        originals = self.replaced_by_merging()
-        if not originals:
+        if not self.replaced_by_merging():
             raise MergeError(self.weight_problem())
-        merged = nn.Parameter(self.effective_weight(), requires_grad=originals[0].requires_grad)
-        merged.minilora_merged = True  # type: ignore[attr-defined]  # for another model that shares the layer
-        self._original = (originals[0],)
-        # A new Parameter: writing into the old one would reach whatever is tied to it.
-        put_parameter(self.bare, self.parameter, merged)
+        merged = self._as_parameters()
+        for parameter in merged.values():
+            parameter.minilora_merged = True  # type: ignore[attr-defined]  # for a model that shares the layer
+        self._originals = {name: self.unmerged(name) for name in merged}
+        self._put(merged)
 
     def unmerge(self) -> None:
         """Put the very same W back. Inverse: `merge`. On an unmerged layer nothing happens."""
-        if self._original is not None:
-            put_parameter(self.bare, self.parameter, self._original[0])
-            self._original = None
+        if self._originals is not None:
+            self._put(self._originals)
+            self._originals = None
+
+    def _put(self, parameters: Mapping[str, nn.Parameter | None]) -> None:
+        for name, parameter in parameters.items():
+            put_parameter(self.bare, name, parameter)
+
+    def _as_parameters(self, dtype: torch.dtype | None = None) -> dict[str, nn.Parameter]:
+        """Return the merged values as new parameters, since writing into the old would reach what is tied."""
+        trains = {name: p.requires_grad for name, p in self.replaced_by_merging().items()}
+        values = self.effective_values(dtype).items()
+        return {name: nn.Parameter(value, requires_grad=trains.get(name, False)) for name, value in values}
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
         """Compute with W for the time of a block. The merged weight is kept, so its return cannot fail."""
-        if self._original is None:
+        if self._originals is None:
             yield
             return
-        (original,), merged = self._original, own_tensors(self.bare)[self.parameter]
-        trained = self._versions()
+        originals = self._originals
+        merged = {name: own_parameters(self.bare)[name] for name in originals}
+        before = self._versions(originals)
         self.unmerge()
         try:
             yield
         finally:
-            now = own_tensors(self.bare).get(self.parameter)
-            same = now is original and (now.device, now.dtype) == (merged.device, merged.dtype)
-            if same and self._versions() == trained:
-                self._original = (original,)
-                put_parameter(self.bare, self.parameter, merged)  # type: ignore[arg-type]
+            if self._versions(originals) == before:
+                self._originals = originals
+                self._put(merged)
             else:  # moved, cast, tied, loaded or trained meanwhile
                 self.merge()
 
-    def _versions(self) -> list[tuple[int, int]]:
-        """Return what tells whether something that is trained here was replaced or written to since."""
-        return [(id(t), 0 if t.is_inference() else t._version) for t in self.saved_state().values()]
+    def _versions(self, names: Iterable[str]) -> list[tuple[object, ...] | None]:
+        """Return what tells whether a part of the merged values was replaced, moved or written to since."""
+        parts = [*self.saved_state().values(), *map(self.unmerged, names)]
+        return [
+            t if t is None else (id(t), t.device, t.dtype, 0 if t.is_inference() else t._version)
+            for t in parts
+        ]
 
     @torch.no_grad()
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the base with W_eff as its weight, rounded once to `dtype`; W and the update are let go."""
-        original = self.unmerged_weight()
-        weight = nn.Parameter(self.effective_weight(dtype), requires_grad=original.requires_grad)
-        self._original = None
-        put_parameter(self.bare, self.parameter, weight)
+        parameters = self._as_parameters(dtype)
+        self._originals = None
+        self._put(parameters)
         return self.base
 
     def signed_weight(self) -> Tensor | str | None:
         """Return the parameter as it is without any injection, merged or not; or why it has no values."""
-        return signable(self._original[0] if self._original else own_tensors(self.bare).get(self.parameter))
+        return signable((self._originals or own_tensors(self.bare)).get(self.parameter))
 
     # torch has no public hook for what is moved and cast.
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mergeable:
-        """Move or cast the kept original with the rest, so that unmerging needs no second thought."""
+        """Move or cast the kept originals with the rest, so that unmerging needs no second thought."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._original is not None:
+        if self._originals is not None:
             # By torch's own rules: the object stays, and its ties, wherever they would stay in a module.
-            self._original = (nn.ParameterList(self._original)._apply(fn)[0],)  # type: ignore[no-untyped-call]
+            self._originals = dict(nn.ParameterDict(self._originals)._apply(fn).items())  # type: ignore[no-untyped-call]
         return self
 
 
@@ -194,16 +214,15 @@ def is_merged(weight: Tensor | None) -> bool:
 
 
 def _show_original(layer: Mergeable, state_dict: dict[str, Any], prefix: str, _: object) -> None:
-    """Let `state_dict` have the original W even when merged, so that no update counts twice."""
-    if layer._original is None:
-        return
+    """Let `state_dict` have the originals even when merged, so that no update counts twice."""
     below, base = f"{prefix}base.", layer.base
     while isinstance(base, InjectedModule):
         below, base = f"{below}base.", base.base
-    key = f"{below}{layer.parameter}"
-    if key in state_dict:
-        original = layer._original[0]
-        state_dict[key] = original if isinstance(state_dict[key], nn.Parameter) else original.detach()
+    for name, original in (layer._originals or {}).items():
+        if original is None:
+            state_dict.pop(below + name, None)
+        elif (shown := state_dict.get(below + name)) is not None:
+            state_dict[below + name] = original if isinstance(shown, nn.Parameter) else original.detach()
 
 
 def _refuse_to_load_when_merged(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .config import is_float_dtype, plain_dtype
 from .errors import MergeError, MiniLoRAError, quoted, several
+from .followers import tell_followers
 from .mergeable import Mergeable
 from .module import InjectedModule
+from .names import described
 from .problems import Problems
 from .sites import Site, replace_modules, require_enabled, require_injected
 from .torch_internals import own_parameters, own_tensors, persistent_buffers, put_buffer
@@ -39,7 +41,7 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
         >>> minilora.merge(model)[0].merged
         True
     """
-    wrappers = _mergeable(require_enabled(model, "merge"), skip_adapters)
+    wrappers = mergeable(require_enabled(model, "merge"), skip_adapters)
     wrappers = [wrapper for wrapper in wrappers if not wrapper.merged]
     try:
         for wrapper in wrappers:
@@ -100,7 +102,8 @@ def fuse(
             not a floating-point one.
 
     Warns:
-        UserWarning: when a fused weight was tied to another one, from which it now differs.
+        UserWarning: when a fused weight was tied to another one, from which it now differs; when a layer
+            that had no bias has one once fused, being that of B.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
@@ -113,10 +116,11 @@ def fuse(
             f"fuse casts to floating-point dtypes, not to {dtype!r}; the model has not been changed"
         )
     injected = require_enabled(model, "fuse")
-    wrappers = _mergeable(injected, skip_adapters, to)
+    wrappers = mergeable(injected, skip_adapters, to)
     if to is not None and (problems := _beyond(model, to, wrappers)):
         raise MergeError(several(problems, outcome="the model has not been changed"))
-    _warn_of_loosened_ties(model, injected, wrappers)
+    for unknown in _unknown_to_loaders(model, injected, wrappers):
+        warnings.warn(unknown, UserWarning, stacklevel=2)
     plain: dict[nn.Module, nn.Module] = {}
     try:
         for wrapper in wrappers:
@@ -125,10 +129,11 @@ def fuse(
         replace_modules(model, plain)
     if to is not None:
         _cast(model, to)
+    tell_followers(model)
     return model
 
 
-def _mergeable(
+def mergeable(
     injected: dict[str, Site], skip_adapters: bool, dtype: torch.dtype | None = None
 ) -> list[InjectedModule]:
     """Return the wrappers to merge, or raise with every reason why some cannot be."""
@@ -151,7 +156,8 @@ def _mergeable(
 
 def _beyond(model: nn.Module, dtype: torch.dtype, wrappers: Iterable[InjectedModule]) -> list[str]:
     """Return the tensors with values too large for a dtype, but for those that fusing replaces or lets go."""
-    gone = {id(t) for w in wrappers for t in (*w.replaced_by_merging(), *own_tensors(w).values())}
+    replaced = [tensor for wrapper in wrappers for tensor in wrapper.replaced_by_merging().values()]
+    gone = {id(t) for t in (*replaced, *(t for w in wrappers for t in own_tensors(w).values()))}
     largest = torch.finfo(dtype).max
     found = [
         name
@@ -167,28 +173,31 @@ def _beyond(model: nn.Module, dtype: torch.dtype, wrappers: Iterable[InjectedMod
     return [f"{quoted(found)}: values beyond {largest:g}, the largest of {dtype}"] if found else []
 
 
-def _warn_of_loosened_ties(
+def _unknown_to_loaders(
     model: nn.Module, injected: dict[str, Site], wrappers: Iterable[InjectedModule]
-) -> None:
+) -> Iterator[str]:
+    """Yield in what the fused model differs from what a loader of the bare model takes for granted."""
     owners: dict[int, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in own_parameters(module).values():
             owners.setdefault(id(parameter), set()).add(module)
-    fused = set(wrappers)
-    tied = [
-        f"{name}.{wrapper.parameter}"
-        for name, site in injected.items()
-        for wrapper in site.wrappers
-        if isinstance(wrapper, Mergeable)
-        and wrapper in fused
-        and any(owners.get(id(p), set()) - {site.bare} for p in wrapper.replaced_by_merging())
-    ]
+    fused, tied, grown = set(wrappers), [], []
+    for name, site in injected.items():
+        for wrapper in fused.intersection(site.wrappers):
+            replaced = wrapper.replaced_by_merging()
+            tied += [f"{name}.{n}" for n, p in replaced.items() if owners.get(id(p), set()) - {site.bare}]
+            grown += (
+                [name] if isinstance(wrapper, Mergeable) and len(wrapper.replaces) > len(replaced) else []
+            )
     if tied:
-        warnings.warn(
+        yield (
             f"{quoted(tied)} was tied to another weight and is one of its own once fused. Let no loader tie "
-            "it again: with transformers, set model.config.tie_word_embeddings = False before saving",
-            UserWarning,
-            stacklevel=3,
+            "it again: with transformers, set model.config.tie_word_embeddings = False before saving"
+        )
+    if grown:
+        yield (
+            f"{described(grown)}: had no bias, and has that of B once fused. What makes the bare model anew "
+            "leaves it out: give the layers a bias there, before it loads the values"
         )
 
 

@@ -142,9 +142,9 @@ class InjectedModule(nn.Module):
             return None
         return signable(weight)
 
-    def replaced_by_merging(self) -> tuple[nn.Parameter, ...]:
-        """Return the parameters of the base that a merged one takes the place of."""
-        return ()
+    def replaced_by_merging(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the base that a merged one takes the place of, by their names there."""
+        return {}
 
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return why this wrapper cannot be merged or fused, in `dtype` if given, or None when it can."""

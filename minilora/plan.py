@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .config import AdapterConfig, Config, LoRAConfig
+from .config import AdapterConfig, Config, LoRAConfig, RowsConfig
 from .errors import TargetError, quoted
 from .frozen import FrozenStatistics, keeps_statistics
 from .linear import call_problem, is_managed, is_of_peft, linear_shape, plain_weight
@@ -26,13 +26,15 @@ from .manifest import Manifest
 from .module import InjectedModule, bare_module, device_of
 from .names import above, described, generic, nearest
 from .problems import Problems
+from .rows import TrainedRows
 from .sites import Site, Sites, replace_modules
+from .ties import copy_problem, rows_problem
 from .torch_internals import has_hooks, own_parameters
 from .trained import TrainableHead, TrainedParameter
 from .training import base_parameters
 from .view import Substitution
 
-WRAPPERS: dict[str, type[InjectedModule]] = {LoRA.kind: LoRA, Adapter.kind: Adapter}
+WRAPPERS: dict[str, type[InjectedModule]] = {kind.kind: kind for kind in (LoRA, TrainedRows, Adapter)}
 """The wrappers that configs of each kind ask for; `LoRALinear` is a `LoRA`."""
 
 
@@ -46,6 +48,8 @@ class Plan:
     """The new wrappers at each site, outermost first."""
     replacements: dict[nn.Module, nn.Module] = field(default_factory=dict)
     """What takes the place of what."""
+    rows: dict[str, TrainedRows] = field(default_factory=dict)
+    """The new wrappers that train rows, by site, for those that share them."""
 
     def add(self, site: Site, make: Callable[[nn.Module], InjectedModule], position: int) -> None:
         """Make a wrapper around what stands further in at a site, and inside what stands further out."""
@@ -112,15 +116,15 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
     for site in in_full:
         if site.parameter is not None:
             add(site, partial(TrainedParameter, parameter=site.parameter), TrainedParameter.position)
-    default = device_of(sites.model)
+    default, placed = device_of(sites.model), manifest.placed()
     for config, names in sorted(manifest.injections, key=lambda entry: WRAPPERS[entry[0].kind].position):
         for name in names:
             problem = _missing(name, sites) or _taken(sites[name], config, sites, plan)
-            if problem:
+            if problem := problem or rows_problem(config, sites[name], sites, placed):
                 problems.add(name, problem)
                 continue
             device = torch.device("meta") if without_values else device_of(sites[name].bare, default)
-            make = partial(_wrapper, config=config, site=sites[name], device=device)
+            make = partial(_wrapper, config=config, site=sites[name], device=device, plan=plan)
             add(sites[name], make, WRAPPERS[config.kind].position)
     problems += of_trainable
     for site in in_full:
@@ -129,7 +133,7 @@ def build(manifest: Manifest, sites: Sites, *, without_values: bool = False) -> 
     return plan, problems
 
 
-def _wrapper(base: nn.Module, config: Config, site: Site, device: torch.device) -> InjectedModule:
+def _wrapper(base: nn.Module, config: Config, site: Site, device: torch.device, plan: Plan) -> InjectedModule:
     """Return what a config asks for at a site, around `base`.
 
     Raises:
@@ -139,14 +143,19 @@ def _wrapper(base: nn.Module, config: Config, site: Site, device: torch.device) 
         if site.parameter is not None:
             raise TargetError("is a parameter, and a bottleneck adapter goes around a module")
         return Adapter(base, config, site=site.name, device=device)
-    assert isinstance(config, LoRAConfig)
-    if site.parameter is None and linear_shape(site.bare) and not runs_its_own_code(site.bare):
+    a_layer = site.parameter is None and linear_shape(site.bare) and not runs_its_own_code(site.bare)
+    if isinstance(config, LoRAConfig) and a_layer:
         return LoRALinear(base, config, site=site.name, device=device)
     parameter = site.parameter or "weight"
     if own_parameters(site.bare).get(parameter) is None:
         matrices = [n for n, p in own_parameters(site.bare).items() if p is not None and p.dim() > 1]
         instead = f"; give {quoted(matrices)} of it as the target" if matrices else ""
         raise TargetError(f"{type(site.bare).__name__} has no weight of its own{instead}")
+    if isinstance(config, RowsConfig):
+        first = plan.rows.get(config.of or "")
+        made = TrainedRows(base, config, site=site.name, parameter=parameter, first=first)
+        return plan.rows.setdefault(site.name, made)
+    assert isinstance(config, LoRAConfig)
     return LoRA(base, config, site=site.name, device=device, parameter=parameter)
 
 
@@ -187,7 +196,7 @@ def _taken(site: Site, config: Config, sites: Sites, plan: Plan) -> str | None:
             return f"lies in {generic(outer)!r}, which is trained in full; leave it out with exclude=..."
     if problem := _of_peft(site, sites) or _occupied(site, config, plan):
         return problem
-    if site.parameter is not None and len(sites.owners(site)) > 1:
+    if site.parameter is not None and len(sites.owners(site)) > 1 and not isinstance(config, RowsConfig):
         return f"is one parameter of several modules ({quoted(sites.owners(site))}); untie it first"
     return _offloaded(site)
 
@@ -227,8 +236,8 @@ def _occupied(site: Site, config: Config, plan: Plan) -> str | None:
                 f"carries {wrapper.description()} already; leave it out with exclude=..., "
                 "or call minilora.eject(model) first"
             )
-        if isinstance(wrapper, TrainedParameter) and issubclass(WRAPPERS[config.kind], Substitution):
-            return "is trained in full as well; choose one of the two"
+        if isinstance(wrapper, Substitution) and issubclass(WRAPPERS[config.kind], Substitution):
+            return f"carries {wrapper.description()} as well; choose one of the two"
     return None
 
 
@@ -243,7 +252,7 @@ def _trained_in_full(manifest: Manifest, sites: Sites, problems: Problems) -> li
             ("listed twice to be trained in full" if count > 1 else overlaps.get(name))
             or _adapted(sites[name])
             or _of_peft(sites[name], sites)
-            or _tie(sites[name], sites)
+            or copy_problem(sites[name], sites)
             or _offloaded(sites[name])
         ):
             problems.add(name, problem)
@@ -286,38 +295,13 @@ def _overlaps(manifest: Manifest, sites: Sites) -> dict[str, str]:
 
 
 def _adapted(site: Site) -> str | None:
-    """Return that a parameter to be trained in full has LoRA from an earlier call, or None."""
+    """Return that an earlier call has something trained in a parameter to be trained in full, or None."""
     for wrapper in site.wrappers:
-        if isinstance(wrapper, LoRA) and wrapper.parameter == site.parameter:
+        if isinstance(wrapper, Substitution) and site.parameter in wrapper.replaces:
             return (
                 f"to be trained in full, but carries {wrapper.description()} already; choose one of the two"
             )
     return None
-
-
-def _tie(site: Site, sites: Sites) -> str | None:
-    """Return why a trained copy of a module or parameter would loosen a tie to another module, or None."""
-    if site.parameter is not None:
-        outside = [name for name in sites.owners(site) if name != site.name]
-        what, instead = "parameter that is", "Untie"
-    else:
-        inside = set(site.bare.modules())
-        outside = sorted(
-            {name for p in site.bare.parameters() for name, m in sites.owners_of(p) if m not in inside}
-        )
-        weight = own_parameters(site.bare).get("weight")
-        what = "module whose weight is"
-        instead = (
-            "Untie"
-            if weight is None or weight.dim() < 2
-            else "Give it as a target for LoRA instead, or untie"
-        )
-    if not outside:
-        return None
-    return (
-        f"trainable names a {what} tied to {quoted(outside)}; a trained copy would untie them. {instead} the "
-        "weights first"
-    )
 
 
 def _warn_of_wide_ranks(plan: Plan) -> None:

@@ -11,6 +11,7 @@ from .module import InjectedModule
 from .names import generic, outermost_of
 from .sites import Sites, require_unwrapped
 from .torch_internals import own_parameters
+from .trained import TrainedParameter
 from .training import added_tensors, thawed_parameters
 from .view import Substitution
 
@@ -155,11 +156,12 @@ def _reach(sites: Sites) -> tuple[float | None, tuple[tuple[str, int], ...]]:
         matrix = own_parameters(site.bare)[site.parameter or ""]
         over = [w for w in site.wrappers if isinstance(w, Substitution) and w.parameter == site.parameter]
         lora = [w for w in over if isinstance(w, Mergeable)]
-        if lora:
-            matrix = next(iter(lora[0].replaced_by_merging()), matrix)  # merged, another one stands there
+        if lora:  # merged, another one stands there
+            matrix = lora[0].replaced_by_merging().get(lora[0].parameter, matrix)
         if matrix is None or matrix.dim() < 2 or not matrix.is_floating_point():
             continue
-        if (over and not lora) or outermost_of(site.owner, trained) is not None:
+        in_full = any(isinstance(w, TrainedParameter) for w in over)
+        if in_full or outermost_of(site.owner, trained) is not None:
             continue  # trained in full
         sizes[id(matrix)] = matrix.numel()
         names.setdefault(id(matrix), generic(site.owner if site.parameter == "weight" else site.name))

@@ -8,6 +8,7 @@ read; `tests/test_torch_contracts.py` holds what is taken for granted here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -46,9 +47,16 @@ def put_child(parent: nn.Module, name: str, child: nn.Module) -> None:
     parent._modules[name] = child
 
 
-def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of another; nothing can fail half-way, and no `__setattr__` interferes."""
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Put a parameter, or None, in the place of another; past any `__setattr__`, and never half-way."""
     module._parameters[name] = parameter
+
+
+def shadow(module: nn.Module) -> nn.Module:
+    """Return a module with the same parameters and children, in which others can be put in their place."""
+    twin = copy.copy(module)
+    vars(twin).update({name: dict(vars(twin)[name]) for name in ("_parameters", "_buffers", "_modules")})
+    return twin
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:

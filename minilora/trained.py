@@ -4,13 +4,14 @@ model.classifier: TrainableHead             model.norm: TrainedParameter, of "bi
     .base       the original, frozen            .base       the module that owns the original
     .trained    its copy                        .trained    the copy, which stands in its place
 
-The copy is trained, saved, and left behind by `fuse`; `eject` and `disabled` give the original back.
+The copy is trained, saved, and left behind by `fuse`; `eject` and `disabled` give the original back. As long
+as it has learnt nothing, it takes the values of a bare model's checkpoint that is loaded; then it stays.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class TrainableHead(InjectedModule):
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return which values of the copy are not finite where the original's are, or None."""
         original: dict[str, object] = bare_module(self.base).state_dict(keep_vars=True)
-        return _not_finite(self.saved_state(), original)
+        return not_finite(self.saved_state(), original)
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the trained copy, which takes the original's place."""
@@ -83,11 +84,21 @@ class TrainableHead(InjectedModule):
         """Return the copy, or the original inside `minilora.disabled`."""
         return self.trained if self.enabled else self.base
 
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each tensor of the copy with the original's."""
+        copies, originals = (m.state_dict(keep_vars=True).values() for m in (self.trained, self.base))
+        yield from ((t, o) for t, o in zip(copies, originals, strict=True) if isinstance(t, Tensor))
+
+    def reset_parameters(self, site: str = "") -> None:
+        """Begin anew, from the original."""
+        for copied, original in self._pairs():
+            copied.data.copy_(original)
+
     def initial_value(self, name: str, tensor: Tensor, bare: dict[str, Tensor]) -> Tensor:
-        """Start the copy from the original that a bare checkpoint brings."""
+        """Keep what was learnt; a copy that has learnt nothing starts from what a bare checkpoint brings."""
         value = bare.get(name.removeprefix("trained."))
         # A copy, because load_state_dict(assign=True) would have both share the memory of one tensor.
-        return tensor if value is None else value.detach().clone()
+        return tensor if value is None or _has_learnt(self._pairs()) else value.detach().clone()
 
 
 class TrainedParameter(Substitution):
@@ -139,7 +150,7 @@ class TrainedParameter(Substitution):
 
     def merge_problem(self, dtype: torch.dtype | None = None) -> str | None:
         """Return how many values of the copy are not finite where the original's are, or None."""
-        return _not_finite(self.saved_state(), own_parameters(self.bare), dtype)
+        return not_finite(self.saved_state(), own_parameters(self.bare), dtype)
 
     def fused(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the base with the copy as its parameter."""
@@ -150,14 +161,29 @@ class TrainedParameter(Substitution):
         """Return the kind in a few words."""
         return f"trained in full ({self.parameter})"
 
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the copy with the original."""
+        yield self.trained, own_parameters(self.bare)[self.parameter]  # type: ignore[misc]
+
+    def reset_parameters(self, site: str = "") -> None:
+        """Begin anew, from the original."""
+        for copied, original in self._pairs():
+            copied.data.copy_(original)
+
     def initial_value(self, name: str, tensor: Tensor, bare: dict[str, Tensor]) -> Tensor:
-        """Start the copy from the original that a bare checkpoint brings."""
+        """Keep what was learnt, as `TrainableHead` does."""
         value = bare.get(self.parameter)
-        return tensor if value is None else value.detach().clone()
+        return tensor if value is None or _has_learnt(self._pairs()) else value.detach().clone()
 
 
 @torch.no_grad()
-def _not_finite(
+def _has_learnt(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Return whether a copy differs from its original; what has no values (meta) has learnt nothing."""
+    return any(not (t.is_meta or o.is_meta) and not torch.equal(t.to(o), o) for t, o in pairs)
+
+
+@torch.no_grad()
+def not_finite(
     trained: Mapping[str, Tensor], original: Mapping[str, object], dtype: torch.dtype | None = None
 ) -> str | None:
     """Return in words what is infinite or NaN in trained copies, but not in the originals; or None.

@@ -12,13 +12,15 @@ padding, routing) stays the base's business, and a kind of layer that nobody tho
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from .errors import TargetError
+from .linear import is_plain
 from .module import InjectedModule, bare_module, require_called
-from .torch_internals import has_hooks, own_parameters
+from .torch_internals import has_hooks, is_compiling, own_parameters, own_tensors
 
 
 class Substitution(InjectedModule):
@@ -34,6 +36,10 @@ class Substitution(InjectedModule):
 
     parameter: str
     """The name, in the base, of the parameter in whose place the value stands."""
+    replaces: tuple[str, ...]
+    """That name, and those of other parameters in whose place the wrapper's own attributes stand."""
+    site: str = ""
+    """As a manifest has it, for messages."""
 
     def __init__(self, base: nn.Module, parameter: str) -> None:
         bare = bare_module(base)
@@ -51,13 +57,53 @@ class Substitution(InjectedModule):
                 "accelerate's dispatch, most often), and would not see what is trained: inject first"
             )
         super().__init__(base)
-        self.parameter = parameter
+        self.parameter, self.replaces = parameter, (parameter,)
         self.__dict__["_view"] = _view(self, type(bare))  # no child, though it is a module
 
     @property
     def bare(self) -> nn.Module:
         """The module that owns the parameter, inside all wrappers."""
         return bare_module(self.base)
+
+    def placed_at(self, site: str) -> str:
+        """Return the module's name for its `weight`, else the parameter's."""
+        return site if self.parameter == "weight" else f"{site}.{self.parameter}"
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """Return the wrapper's own tensors, below the parameter's name unless that is "weight"."""
+        below = "" if self.parameter == "weight" else f"{self.parameter}."
+        return {below + name: tensor for name, tensor in own_tensors(self).items()}
+
+    def plain_parameter(self) -> Tensor:
+        """Return the parameter.
+
+        Raises:
+            TargetError: when it is no ordinary tensor of floating-point numbers.
+        """
+        weight = own_tensors(self.bare)[self.parameter]
+        if is_plain(weight):
+            return weight
+        kind = type(weight).__name__
+        raise TargetError(
+            f"{self.parameter!r} of {type(self.bare).__name__} is a {kind} of {weight.dtype}, no weight"
+        )
+
+    def tell_of_forming(self, function: str) -> None:
+        """Warn, once for each function, that the whole value is formed for it."""
+        told: set[str] = self.__dict__.setdefault("_told", set())
+        if is_compiling() or function in told:
+            return
+        told.add(function)
+        warnings.warn(
+            f"{self.called()}: {function} has no rule, so W_eff is formed, as large as W",
+            UserWarning,
+            stacklevel=6,
+        )
+
+    def called(self) -> str:
+        """Return the parameter's name in the model, in quotes."""
+        site = self.site or type(self.bare).__name__
+        return repr(f"{site.removesuffix(f'.{self.parameter}')}.{self.parameter}")
 
     def value(self) -> Any:
         """Return what stands in the parameter's place while the base computes."""
@@ -101,8 +147,8 @@ def _view_class(kind: type[nn.Module]) -> type[nn.Module]:
 
     def read(view: Any, name: str) -> Any:
         wrapper = view.__dict__["_wrapper"]
-        if name == wrapper.parameter and wrapper.enabled and not wrapper.merged:
-            return wrapper.value()
+        if name in wrapper.replaces and wrapper.enabled and not wrapper.merged:
+            return wrapper.value() if name == wrapper.parameter else getattr(wrapper, name)
         return getattr(_behind(wrapper), name)
 
     def write(view: Any, name: str, value: Any) -> None:

@@ -86,7 +86,25 @@ class EffectiveWeight:
         """
         if function is not None and self.owner is not None:
             self.owner.tell_of_forming(function)
+        return self.formed()
+
+    def formed(self) -> Tensor:
+        """Return `whole`, of which nobody is told."""
         return sum_with_product(self.weight, self.left, self.right, self.scaling)
+
+    def outputs(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return what a linear layer gives for x, (..., out), where y is what it gives with W."""
+        return add_low_rank(y, self.dropped(x), self.right, self.left, self.scaling)
+
+    def looked_up(self, rows: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+        """Return what an embedding gives for token ids, (..., cols), where `rows` is what it gives with W.
+
+        A token is a one-hot vector: dropout drops it whole. No gradient comes from the padding token.
+        """
+        low = F.embedding(ids, self.left, padding_idx)  # (..., r)
+        if self.dropout:
+            low = low * self.dropped(low.new_ones(*low.shape[:-1], 1))
+        return rows + (low @ self.right * self.scaling).to(rows.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return x as the low-rank path sees it: with dropout, while training."""
@@ -232,8 +250,7 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _linear(linear: Any, x: Any, weight: Any, bias: Any = None) -> Any:
     if not isinstance(x, Tensor) or not isinstance(weight, EffectiveWeight) or weight.ndim != 2:
         return NotImplemented
-    y = linear(x, weight.weight, bias)
-    return add_low_rank(y, weight.dropped(x), weight.right, weight.left, weight.scaling)
+    return weight.outputs(linear(x, weight.weight, bias), x)
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
@@ -299,18 +316,14 @@ def _embedding(
     embedding: Any, ids: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None,
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Any:  # fmt: skip
-    """Look rows up in W and in L. A token is a one-hot vector: dropout drops it whole.
+    """Look rows up in W, and make of them what the whole has there.
 
     Where look-ups renormalise, the rows that come out are, and nothing is written into W. Gradients are
     dense whatever `sparse` says, which is about W's. Gradients by frequency need the whole.
     """
     if not isinstance(weight, EffectiveWeight) or scale_grad_by_freq:
         return NotImplemented
-    rows = embedding(ids, weight.weight, padding_idx)
-    low = embedding(ids, weight.left, padding_idx)  # (..., r)
-    if weight.dropout:
-        low = low * weight.dropped(low.new_ones(*low.shape[:-1], 1))
-    rows = rows + (low @ weight.right * weight.scaling).to(rows.dtype)
+    rows = weight.looked_up(embedding(ids, weight.weight, padding_idx), ids, padding_idx)
     if max_norm is None:
         return rows
     with torch.no_grad():  # as torch renormalises, without a share in the gradient

@@ -29,6 +29,8 @@ OURS = {
     "lora_config": "inject(model, targets, config=LoRAConfig(...))",
     "fan_in_fan_out": "nothing: the layout of a layer is read off it",
     "bias": "inject(model, ..., trainable=[...])",
+    "trainable_token_indices": 'inject(model, ..., config={..., "embed_tokens": RowsConfig(rows=[...])})',
+    "token_indices": "RowsConfig(rows=[...])",
     "task_type": "inject(model, ..., trainable=[...]), which names the head",
     "bottleneck_size": "AdapterConfig(bottleneck=...)",
     "non_linearity": "AdapterConfig(activation=...)",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the sdist, builds the wheel from it, installs that wheel into an environment of its own
-# with nothing but its declared dependencies, and uses it there.
+# with nothing but its declared dependencies, and uses it there. What passed is in dist/ then.
 # Usage: scripts/wheel_check.sh PYTHON   (a Python that has `build`)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,7 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt "$work"/dist/*.whl
 
+root=$PWD
 cd "$work"  # away from the source tree, so that the installed package is what gets imported
 # torch warns by itself where there is no numpy, which neither it nor minilora needs.
 venv/bin/python -W error -W "ignore:Failed to initialize NumPy:UserWarning" - dist/*.whl <<'PY'
@@ -57,3 +58,5 @@ minilora.eject(loaded)
 assert torch.equal(loaded(x), base), "eject did not bring the base model back"
 print(f"wheel-check: minilora {minilora.__version__} works with torch {torch.__version__}")
 PY
+rm -rf "$root/dist"
+cp -r dist "$root/dist"

@@ -58,6 +58,10 @@ def mlp() -> nn.Module:
     return Net(lin0=nn.Linear(8, 12), lin1=nn.Linear(12, 4))
 
 
+def without_bias() -> nn.Module:
+    return Net(lin0=nn.Linear(8, 12, bias=False), lin1=nn.Linear(12, 4))
+
+
 def stack() -> nn.Module:
     return Net(layers=nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(3))))
 
@@ -127,11 +131,16 @@ IDS: dict[str, Any] = {"shape": (4, 3), "ids": True}
 IMAGE: dict[str, Any] = {"shape": (2, 6, 7, 7)}
 TOKENS: dict[str, Any] = {"shape": (2, 3, 8)}
 ATTENTION: dict[str, Any] = {"shape": (2, 3, 8), "steps": False}
+NO_BIAS = ("has no bias. This means", "had no bias")  # of PEFT, and of minilora's fuse
 GROUPED = {"refused": "groups of the weight", "warns": ("groups > 1",)}
 
 
 def _dora(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "use_dora": True}
+
+
+def _biased(fields: dict[str, Any]) -> dict[str, Any]:
+    return {**fields, "lora_bias": True}
 
 
 SETTINGS = [
@@ -163,12 +172,27 @@ SETTINGS = [
     Setting("linear, bias all with norms", stack, {"target_modules": r"layers\.[02]\.0", "bias": "all"}),
     Setting("linear, DoRA", mlp, _dora(LIN0)),
     Setting("linear, DoRA, both", mlp, _dora({**BOTH, "lora_alpha": 32})),
+    Setting("linear, lora_bias", mlp, _biased(LIN0)),
+    Setting("linear, lora_bias, both, rslora", mlp, _biased({**BOTH, "use_rslora": True, "lora_alpha": 3})),
+    Setting("linear, lora_bias, no bias in the base", without_bias, _biased(LIN0), warns=NO_BIAS),
     Setting(
-        "linear, lora_bias", mlp, {**LIN0, "lora_bias": True}, refused="lora_bias", warns=("invalid shape",)
+        "linear, lora_bias, bias lora_only",
+        mlp,
+        _biased({**LIN0, "bias": "lora_only"}),
+        refused="in full as well",
     ),
     Setting("linear, scaled at each call", lambda: Net(lin0=Scaled(8, 4)), LIN0, refused="a way of its own"),
     # Conv1D and embeddings.
     Setting("Conv1D", looked_up(), {"target_modules": ["c"], "fan_in_fan_out": True}, **IDS),
+    Setting(
+        "Conv1D, lora_bias", looked_up(), _biased({"target_modules": ["c"], "fan_in_fan_out": True}), **IDS
+    ),
+    Setting(
+        "Conv1D, bias all",
+        looked_up(),
+        {"target_modules": ["c"], "fan_in_fan_out": True, "bias": "all"},
+        **IDS,
+    ),
     Setting("embedding", looked_up(), EMB, **IDS),
     Setting(
         "embedding and Conv1D", looked_up(), {"target_modules": ["emb", "c"], "fan_in_fan_out": True}, **IDS
@@ -189,10 +213,17 @@ SETTINGS = [
     Setting("embedding, scaled", scaled_embedding, EMB, **IDS),
     Setting("embedding, max_norm", looked_up(max_norm=1.0), EMB, refused="max_norm", **IDS),
     Setting("embedding, bias all", looked_up(), {**EMB, "bias": "all"}, **IDS),
+    Setting(
+        "Conv1D, DoRA, bias lora_only",
+        looked_up(),
+        _dora({"target_modules": ["c"], "fan_in_fan_out": True, "bias": "lora_only"}),
+        **IDS,
+    ),
     Setting("embedding, DoRA", looked_up(), _dora(EMB), **IDS),
     # Convolutions.
     Setting("conv1d", convolved(nn.Conv1d, 6, 8, 3, width=56), CONV, (2, 6, 9)),
     Setting("conv1d, a kernel of one", convolved(nn.Conv1d, 6, 8, 1, dilation=2, width=72), CONV, (2, 6, 9)),
+    Setting("conv1d, lora_bias", convolved(nn.Conv1d, 6, 8, 3, width=56), _biased(CONV), (2, 6, 9)),
     Setting("conv2d", convolved(nn.Conv2d, 6, 8, 3, width=200), CONV, **IMAGE),
     Setting("conv2d and linear", convolved(nn.Conv2d, 6, 8, 3, width=200), CONV_LIN, **IMAGE),
     Setting(
@@ -245,8 +276,17 @@ SETTINGS = [
         refused="padding_mode",
         **IMAGE,
     ),
+    Setting("conv2d, lora_bias", convolved(nn.Conv2d, 6, 8, 3, width=200), _biased(CONV_LIN), **IMAGE),
+    Setting(
+        "conv2d, lora_bias, no bias in the base",
+        convolved(nn.Conv2d, 6, 8, 3, bias=False, width=200),
+        _biased(CONV),
+        warns=NO_BIAS,
+        **IMAGE,
+    ),
     Setting("conv2d, DoRA", convolved(nn.Conv2d, 6, 8, 3, width=200), _dora(CONV), **IMAGE),
     Setting("conv3d", convolved(nn.Conv3d, 2, 4, 2, width=108), CONV, (2, 2, 4, 4, 4)),
+    Setting("conv3d, lora_bias", convolved(nn.Conv3d, 2, 4, 2, width=108), _biased(CONV), (2, 2, 4, 4, 4)),
     Setting("conv3d and linear", convolved(nn.Conv3d, 2, 4, (2, 1, 3), width=96), CONV_LIN, (2, 2, 4, 4, 4)),
     # Attention. PEFT adds the update of out_proj twice and takes the gradient of one: steps are its own.
     Setting("attention", Attended, {"target_modules": ["mha"]}, **ATTENTION),
@@ -254,6 +294,14 @@ SETTINGS = [
         "attention and linear", Attended, {"target_modules": ["mha", "lin"], "lora_alpha": 3}, **ATTENTION
     ),
     Setting("attention, bias all", Attended, {"target_modules": ["mha"], "bias": "all"}, **ATTENTION),
+    Setting(
+        "attention, lora_bias",
+        Attended,
+        _biased({"target_modules": ["mha"]}),
+        refused="in attention it has no effect",
+        warns=("has no bias. This means",),
+        **ATTENTION,
+    ),
     Setting(
         "attention, out_proj alone", Attended, {"target_modules": ["out_proj"]}, refused="no effect", **TOKENS
     ),

@@ -12,6 +12,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ def script():
     finally:
         sys.path.remove(str(FOLDER))
         for name in list(sys.modules):
-            if name.partition(".")[0] in ("bench", *SCRIPTS):
+            if name.partition(".")[0] in ("bench", "finetune", *SCRIPTS):
                 del sys.modules[name]
         os.environ.clear()
         os.environ.update(environment)
@@ -202,6 +203,84 @@ def test_a_table_with_an_axis_has_a_line_for_each_point(bench):
     assert len(bench.plots.draw([table]).axes[0].lines) == 2
 
 
+def test_a_library_has_one_colour_and_others_have_others(bench):
+    colour = bench.plots.colour
+    assert len({colour(name) for name in ("minilora", "minilora fused", "+ minilora", "minilora bank")}) == 1
+    names = ("minilora", "PEFT merged", "loralib", "adapters", "plain form", "full fine-tuning", "base")
+    assert len({colour(name) for name in names}) == len(names)
+    assert colour("frozen-bound") == colour("base")
+
+
+@pytest.mark.parametrize(
+    ("axis", "title", "heading"),
+    [
+        (None, "bert, 4 layers, qv, fp32", "bert, 4 layers, query + value, fp32"),
+        ("layers", "bert, 4 layers, qv, r = 8; swept: layers", "bert, query + value, r = 8"),
+        ("rank", "bert, 4 layers, qv, r = 8, fp32; swept: rank", "bert, 4 layers, query + value, fp32"),
+        ("tokens per step", "bert, batch 16 x 128, r = 8; swept: tokens per step", "bert, r = 8"),
+        ("tokens per sequence", "b, batch 16 x 128, r = 8; swept: l", "b, 2048 tokens a step, r = 8"),
+    ],
+)
+def test_a_title_names_no_value_of_what_is_swept(bench, axis, title, heading):
+    assert bench.plots.heading(bench.tables.Table(title=title, reference="", rows=[], axis=axis)) == heading
+
+
+def test_an_outlier_squashes_no_plot(bench):
+    """All medians are seen; a quartile far away is cut off, and told."""
+    samples = {"base": [1.0, 1.0, 1.0], "a": [1.1, 1.2, 9.0], "b": [1.3, 1.4, 1.5]}
+    rows = [bench.tables.Row(name=n, point=p, samples=s) for p in (1, 2) for n, s in samples.items()]
+    (ax,) = bench.plots.draw([bench.tables.Table(title="", axis="x", reference="base", rows=rows)]).axes
+    bottom, top = ax.get_ylim()
+    assert bottom < 1
+    assert 1.4 < top < 2
+    assert ax.get_xlabel() == "x; bands: quartiles, cut off at the edge (as far as 5.10)"
+
+
+@pytest.mark.parametrize("point", [None, "load", 1])
+def test_a_table_in_which_nothing_was_measured_is_drawn(bench, point):
+    rows = [bench.tables.Row(name="base", point=point, reason="it is not installed")]
+    table = bench.tables.Table(title="", axis=point and "x", reference="base", rows=rows)
+    assert len(bench.plots.draw([table]).axes) == 1
+
+
+def test_ratios_of_another_order_are_drawn_by_their_logarithm(bench):
+    for ratio, scale in ((2.0, "linear"), (200.0, "log"), (0.01, "log")):
+        rows = [bench.tables.Row(name=n, samples=[s]) for n, s in (("base", 1.0), ("other", ratio))]
+        (ax,) = bench.plots.draw([bench.tables.Table(title="", reference="base", rows=rows)]).axes
+        assert ax.get_xscale() == scale
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_the_tables_of_results_are_what_their_samples_say(bench, path):
+    """So a plot can be drawn anew from them."""
+    for table in json.loads(path.read_text(encoding="utf-8")).get("tables", []):
+        made = bench.tables.Table.from_dict(table)
+        ratios = [spread and spread.to_dict() for spread in map(made.ratio, made.rows)]
+        assert ratios == [row["ratio"] for row in table["rows"]]
+
+
+def test_the_page_says_what_the_results_say(bench):
+    """Every ratio with quartiles of docs/performance.md stands in a result."""
+    page = (FOLDER.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    told = re.findall(r"\d+\.\d{3} \[\d+\.\d{3}–\d+\.\d{3}\]", page)
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in (FOLDER / "results").glob("*.json")]
+    rows = [row for report in reports for table in report.get("tables", []) for row in table["rows"]]
+    spreads = [bench.ratios.Spread(*row["ratio"].values()) for row in rows if row["ratio"]]
+    assert len(told) > 100
+    assert set(told) <= {bench.markdown.ratio_text(spread) for spread in spreads}
+
+
+def test_results_are_redrawn(script, tmp_path):
+    results = sorted((FOLDER / "results").glob("*.json"))
+    chosen = [next(path for path in results if kind in path.name) for kind in ("merge", "rank", "curves")]
+    copies = [tmp_path / path.name for path in chosen]
+    for path, copy in zip(chosen, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    script("redraw").main(list(map(str, copies)))
+    for copy in copies:
+        assert copy.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(12.34, "12.3 s"), (0.001234, "1.23 ms"), (0.1234, "123 ms"), (2e-7, "0.20 µs")]
 )
@@ -358,6 +437,14 @@ def test_train_speed(script, tmp_path):
         assert full["memory_bytes"] > rows[None, "minilora"]["memory_bytes"] > bound["memory_bytes"]
 
 
+def test_train_speed_of_dora(script, tmp_path):
+    options = ["--targets", "qv", "--precision", "fp32", "--dora"]
+    (table,) = run(script("train_speed"), tmp_path / "result.json", *options)
+    assert table["reference"] == "minilora"
+    for (_, name), row in rows_of(table).items():
+        assert (row["not_measured"] is None) == installed(name.removesuffix(" DoRA")), row
+
+
 def test_train_speed_sweeps(script, tmp_path):
     train_speed = script("train_speed")
     (table,) = run(train_speed, tmp_path / "result.json", "--targets", "qv", "--sweep", "tokens")
@@ -425,6 +512,40 @@ def test_loss_curves(script, tmp_path, monkeypatch):
     assert plain == pytest.approx(fast, rel=1e-4)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "curves.md").read_text(encoding="utf-8").count("minilora") == 3
+
+
+@pytest.mark.skipif(not installed("PEFT"), reason="PEFT is not installed")
+def test_parity(script, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    state = pytest.importorskip("accelerate.state")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which it adds the examples
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+    model, data = tiny_bert(tmp_path / "model", ["good", "bad", "very", "so"]), tmp_path / "data"
+    data.mkdir()
+    rows = [
+        f"{word} {mood},{label}" for word in ("very", "so", "") for mood, label in (("good", 1), ("bad", 0))
+    ]
+    for split in ("train", "validation"):
+        (data / f"{split}.csv").write_text("sentence,label\n" + "\n".join(rows * 8), encoding="utf-8")
+    options = ["--model", str(model), "--data", str(data), "--batch-size", "4", "--epochs", "1"]
+    output = ["--output", str(tmp_path / "parity")]
+    parity = script("parity")
+    parity.main([*options, *output, "--seeds", "1"])
+    parity.main([*options, *output, "--seeds", "1", "2"])  # the first is there already
+    report = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))
+    assert [seed["seed"] for seed in report["seeds"]] == [1, 2]
+    for seed in report["seeds"]:
+        assert seed["largest_gap"] < 1e-5
+        ours, theirs = (seed["final"][name]["held_out"] for name in ("minilora", "PEFT"))
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert set(seed["curves"]) == {"minilora", "PEFT"}
+    assert str(tmp_path) not in (tmp_path / "parity.json").read_text(encoding="utf-8")
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+    assert "| mean " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="another recipe"):
+        parity.main([*options, *output, "--lr", "0.5"])
 
 
 def tiny_bert(folder, words):

@@ -134,6 +134,9 @@ def test_fuse_into_another_dtype(file: Path, base: Path, fuse: Fuse, tmp_path: P
         2 * torch.Size(described.shape).numel()
         for described in base_files.BaseFiles.open(tmp_path / "out").tensors.values()
     )
+    shares = minilora.merge_loss(minilora.load(CASES["bert"].build(), file), dtype="bfloat16")
+    worst, share = next(iter(shares.items()))
+    assert f"lost to rounding: {share:.2%} of the update of '{worst}', where it is most" in result.err
     model = loaded("bert", tmp_path / "out", dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     expected = minilora.fuse(minilora.load(CASES["bert"].build(), file), dtype=torch.bfloat16)

@@ -91,6 +91,7 @@ def test_all_problems_come_at_once():
         LoRAConfig(),
         LoRAConfig(r=3, alpha=0.5, dropout=0.1, rslora=True, init="gaussian", dtype=torch.bfloat16),
         LoRAConfig(dora=True, init="pissa"),
+        LoRAConfig(lora_bias=True),
         AdapterConfig(),
         AdapterConfig(
             reduction_factor=2.5, activation="relu", placement="parallel", scale=4.0, hidden_size=9
@@ -110,7 +111,7 @@ def test_from_dict_refuses_unknown_fields_and_dtypes():
     assert str(caught.value).splitlines()[1:] == [
         "  - LoRAConfig has no argument 'rank': here it is LoRAConfig(r=...)",
         "  - LoRAConfig has no argument 'scale'",
-        "LoRAConfig takes dtype, r, alpha, dropout, rslora, dora, init",
+        "LoRAConfig takes dtype, r, alpha, dropout, rslora, dora, lora_bias, init",
     ]
     for name in ("no_such", "nn", "int8"):
         with pytest.raises(MiniLoRAError, match="dtype must be"):

@@ -1,4 +1,4 @@
-"""The documentation's code runs, prints what the pages say it prints, and the reference is current.
+"""The documentation's code runs, prints what the pages say it prints, and the reference has every name.
 
 A block marked ```python is run, in order, in one namespace per page; ```python notest is not. A block marked
 ```output is what the Python block before it prints.
@@ -13,6 +13,7 @@ import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -111,19 +112,23 @@ def test_readme(sandbox, monkeypatch):
 # The reference
 
 
-def sections() -> dict[str, str]:
-    """The reference's sections by the name in their heading."""
-    parts = re.split(r"^### `(\w+)`$", REFERENCE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
 def test_the_reference_has_every_public_name_and_no_other():
-    assert sorted(sections()) == sorted(minilora.__all__)
+    """Each is listed as what it is; the text comes from the docstring when the site is built."""
+    listed = re.findall(r"^\.\. auto(\w+):: minilora\.(\w+)$", REFERENCE.read_text(encoding="utf-8"), re.M)
+    assert sorted(listed, key=lambda kind_and_name: kind_and_name[1]) == [
+        (kind_of(getattr(minilora, name)), name) for name in minilora.__all__
+    ]
 
 
-def test_the_reference_is_what_the_docstrings_say():
-    made = runpy.run_path(str(ROOT / "scripts" / "make_reference.py"))["page"]()
-    assert REFERENCE.read_text(encoding="utf-8") == made, "run: python scripts/make_reference.py"
+def kind_of(value: object) -> str:
+    if not isinstance(value, type):
+        return "function"
+    return "exception" if issubclass(value, Exception) else "class"
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {minilora.__version__}\n" in citation
 
 
 def test_how_it_works_names_every_file_of_the_core_and_no_other():
@@ -132,9 +137,55 @@ def test_how_it_works_names_every_file_of_the_core_and_no_other():
     row = {name: i for i, names in enumerate(rows) for name in re.findall(r"`([\w./]+)`", names)}
     core = {f"{name}.py": path for name, path in modules().items() if "." not in name and path.stem == name}
     del core["__init__.py"], core["__main__.py"]
-    assert sorted(row) == sorted([*core, "files/", "bank/", "cli/"])
+    assert sorted(row) == sorted([*core, "files/", "bank/", "cli/", "diagnosis/", "trainers/", "variants/"])
     for file, path in core.items():
-        assert all(row[f"{name}.py"] >= row[file] for name in imported(path.stem, path)), file
+        names = {"variants/" if "." in name else f"{name}.py" for name in imported(path.stem, path)}
+        assert all(row[name] >= row[file] for name in names), file
+
+
+# Links and drawings
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    found = re.findall(r"^#+ (.*)$", FENCE.sub("", text), flags=re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line)) for line in found)
+    return {line.lower().replace(" ", "-") for line in plain}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the links and pictures of a page that lead nowhere; other hosts are not asked."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return [t for t in targets if "://" not in t and not t.startswith("mailto:") and not leads(page, t)]
+
+
+def leads(page: Path, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    file = page.parent / path if path else page
+    if not anchor or not file.exists():
+        return file.exists()
+    if file == REFERENCE and anchor.startswith("minilora."):
+        return anchor.split(".")[1] in minilora.__all__
+    return anchor in headings(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("[be]*/**/*.md")],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_links_lead_somewhere(path):
+    """As GitHub shows the pages; the build of the site checks them there."""
+    assert broken_links(path) == []
+
+
+def test_the_drawings_are_what_the_script_draws():
+    drawn = runpy.run_path(str(ROOT / "scripts" / "drawings.py"))
+    files = {path.stem: path.read_text(encoding="utf-8") for path in drawn["FOLDER"].glob("*.svg")}
+    assert files == {name: draw().svg() for name, draw in drawn["DRAWINGS"].items()}
+    for text in files.values():
+        assert ElementTree.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
 
 
 # Tests of the tests
@@ -151,12 +202,35 @@ def test_the_pages_have_code():
 
 def test_every_fence_is_understood():
     """A misspelt mark, as in ```Python, would leave a block unrun and nobody the wiser."""
-    known = {"python", "python notest", "output", "text", "bash", "pycon", "json", ""}
+    known = {"python", "python notest", "output", "text", "bash", "pycon", "json", "{eval-rst}", ""}
     for path in [*PAGES, *([README] if README.exists() else [])]:
         text = path.read_text(encoding="utf-8")
         blocks = blocks_of(text)
         assert {block.info for block in blocks} <= known, path
         assert len(re.findall(r"^\s*```", text, re.MULTILINE)) == 2 * len(blocks), path
+
+
+COLUMNS = re.compile(r"\S {2,}\S|[─│├└┬┴]")
+"""Printed text in columns, which the site scrolls (docs/conf.py has the same); all else wraps there."""
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_code_fits_the_page(path):
+    """80 columns of code and 98 of what stands in columns, as many as the site shows at 1300 pixels."""
+    for block in blocks_of(path.read_text(encoding="utf-8")):
+        widest = max(map(len, block.code.splitlines()), default=0)
+        if block.info.startswith("python"):
+            assert widest <= 80, f"{path}:{block.line}"
+        elif COLUMNS.search(block.code):
+            assert widest <= 98, f"{path}:{block.line}"
+
+
+def test_a_link_that_leads_nowhere_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `b`, [c](page.md) & d\n\n[1](page.md#a-b-c--d) [2](#a) ![3](no.png)\n```\n[4](no)\n```\n"
+    )
+    assert broken_links(page) == ["#a", "no.png"]
 
 
 def test_a_failing_block_fails(tmp_path):

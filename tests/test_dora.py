@@ -12,6 +12,7 @@ from torch import nn
 import minilora
 from minilora import LoRAConfig, TargetError
 from minilora.functional import effective_weight
+from minilora.variants.dora_linear import magnitude_linear
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 CONV1D = Kind("transformers_conv1d", lambda: pytest.importorskip("transformers").Conv1D(12, 8), (2, 5, 8))
@@ -151,6 +152,47 @@ def test_compiles_in_one_graph():
     )
 
 
+def weight_form(transposed, bias):
+    """Return DoRA's weight form, its definition, and the tensors that both depend on: x, A, B and m."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = (12, 8), (2, 8), (12, 2), (12,), (12,)
+    W, A, B, m, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    x, b = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64), b if bias else None
+
+    def form(x, A, B, m):
+        return magnitude_linear(x, W.T if transposed else W, b, A, B, 1.5, m, transposed=transposed)
+
+    def definition(x, A, B, m):
+        V = W + 1.5 * B @ A
+        y = m / V.norm(dim=1).detach() * (x @ V.T)
+        return y if b is None else y + b
+
+    return form, definition, (x, A, B, m)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_weight_form_to_the_second_derivative_forwards_and_by_rows(transposed, bias):
+    *both, values = weight_form(transposed, bias)
+    firsts, seconds, outputs, tangents, rows = [], [], [], [], []
+    for form in both:
+        inputs = [value.clone().requires_grad_() for value in values]
+        y = form(*inputs)
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(each.cos().sum() for each in first), inputs))
+        firsts.append(torch.autograd.grad(form(*inputs).sin().sum(), inputs))
+        outputs.append(y.detach())
+        tangents.append(torch.func.jvp(form, values, tuple(value.cos() for value in values))[1])
+        x, *rest = values
+        rows.append(torch.func.vmap(lambda one, form=form, rest=rest: form(one, *rest))(x))
+    assert distance(*outputs) < 1e-12
+    assert distance(*tangents) < 1e-12
+    assert distance(*rows) < 1e-12
+    for one, other in (*zip(*firsts, strict=True), *zip(*seconds, strict=True)):
+        assert distance(one, other) < 1e-11
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode_differentiates_what_backward_does():
     kind = BY_NAME["linear"]
@@ -179,6 +221,18 @@ def test_a_bare_checkpoint_brings_the_magnitude_of_its_weights_until_something_i
     before = model[0].lora_magnitude.detach().clone()
     model.load_state_dict(nn.Sequential(nn.Linear(4, 3)).state_dict())
     assert torch.equal(model[0].lora_magnitude, before)
+
+
+@pytest.mark.parametrize("kind", [CONV1D, BY_NAME["linear"], BY_NAME["conv2d_zeros"]], ids=lambda k: k.name)
+def test_a_bias_that_is_trained_beside_it_is_not_scaled(kind):
+    model, x = injected(kind), kind.input()
+    minilora.inject(model, [], trainable=["layer.bias"])
+    reference, _ = by_definition(kind, model.layer)
+    with torch.no_grad():
+        model.layer.base.trained.add_(1.0)
+        expected = reference(x) + 1.0
+        assert distance(model(x), expected) < 1e-12
+        assert distance(minilora.fuse(model.eval())(x), expected) < 1e-12
 
 
 def test_an_output_of_zeros_stays_zero():

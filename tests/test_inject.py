@@ -233,7 +233,10 @@ def test_double_injection_is_refused(config, nested):
 def test_config_of_another_type_is_refused():
     model = MLP()
     for config in ({"r": 4}, LoRAConfig, None):
-        with unchanged(model), pytest.raises(TypeError, match="must be a LoRAConfig or an AdapterConfig"):
+        with (
+            unchanged(model),
+            pytest.raises(TypeError, match="must be a LoRAConfig, an AdapterConfig or a RowsConfig"),
+        ):
             minilora.inject(model, "up", config)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minilora
-from minilora import LoRAConfig, MiniLoRAError
+from minilora import LoRAConfig, MiniLoRAError, RowsConfig
 
 PROCESSES = 2
 TARGETS = ["embedding", "conv", "in_proj_weight", "linear1", "out_proj", "up", "down", "bilinear"]
@@ -42,12 +42,15 @@ class Mixed(nn.Module):
         self.experts = Experts()
         self.bilinear = nn.Bilinear(8, 8, 8)
         self.norm = nn.LayerNorm(8)
+        self.words = nn.Embedding(10, 8)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.words.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids)
+        x = self.embedding(ids) + self.words(ids)
         x = self.encoder(x + self.conv(x.mT).mT)
         x = self.experts(x)
-        return self.norm(self.bilinear(x, x))
+        return self.head(self.norm(self.bilinear(x, x)))
 
 
 def injected() -> nn.Module:
@@ -55,9 +58,10 @@ def injected() -> nn.Module:
     model = minilora.inject(
         Mixed(), TARGETS, LoRAConfig(r=2), trainable=["norm.bias", "encoder.norm1.weight", "encoder.norm2"]
     )
+    minilora.inject(model, "words", RowsConfig(rows=[3, 9]))  # and at the head
     generator = torch.Generator().manual_seed(1)
     for name, tensor in minilora.adapter_state_dict(model).items():
-        if "lora_" in name:
+        if "lora_" in name or "rows" in name:
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
     return model
 

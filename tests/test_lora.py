@@ -451,3 +451,16 @@ def test_description_and_repr():
     assert trained(linear()).description() == "LoRA r=4 alpha=8"
     layer = trained(linear(), rslora=True, dropout=0.1)
     assert repr(layer).startswith("LoRALinear(\n  LoRA r=4 alpha=8 rslora dropout=0.1, merged=False\n")
+
+
+@pytest.mark.parametrize("make", [linear, conv1d])
+def test_beside_a_bias_that_is_trained_it_computes_with_both(make):
+    """transformers' Conv1D is known by its class, which the wrapper that trains the bias does not have."""
+    model, x = nn.Sequential(make()), torch.randn(3, 24)
+    minilora.inject(model, ["0"], LoRAConfig(r=4, alpha=8), trainable=["0.bias"])
+    with torch.no_grad():
+        model[0].lora_B.normal_(std=0.3)
+        model[0].base.trained.add_(1.0)
+        expected = F.linear(x, model[0].weight.T if make is conv1d else model[0].weight, model[0].bias)
+        assert distance(model(x), expected) < 1e-5
+        assert distance(minilora.fuse(model)(x), expected) < 1e-5

@@ -596,7 +596,7 @@ def test_merge_interrupted_at_any_line_is_whole_or_not_at_all():
     expected = state(minilora.unmerge(minilora.merge(model)))
     while interrupted(lambda: minilora.merge(model), at := at + 1):
         assert model.up.merged == model.down.merged
-        assert (model.up.base.weight is model.up.replaced_by_merging()[0]) is not model.up.merged
+        assert (model.up.base.weight is model.up.replaced_by_merging()["weight"]) is not model.up.merged
         minilora.unmerge(model)
         assert picture(model) == before
     assert at > 50

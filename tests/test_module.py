@@ -130,11 +130,53 @@ def test_bare_checkpoint_loads_into_an_injected_model(case, assign):
     model = all_kinds(case)
     trained = {key: raw(t) for key, t in minilora.adapter_state_dict(model).items()}
     model.load_state_dict(other.state_dict(), assign=assign)
-    for key, value in minilora.adapter_state_dict(model).items():
-        # A head starts anew from the checkpoint's; updates and bottlenecks keep what they learnt.
-        assert raw(value) == (raw(other.state_dict()[key]) if key.startswith("classifier") else trained[key])
+    assert {key: raw(t) for key, t in minilora.adapter_state_dict(model).items()} == trained
     minilora.eject(model)
     assert state(model) == state(other)
+
+
+def headed():
+    head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    return nn.ModuleDict({"body": nn.Linear(4, 4), "head": head, "norm": nn.LayerNorm(2)})
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_heads_that_have_learnt_nothing_start_from_the_checkpoint_and_others_stay(assign):
+    """As A, B and DoRA's magnitude do; a head is one, with its statistics: none of it stays, or all."""
+    for learnt in ([], ["head"], ["norm.bias"], ["head", "norm.bias"]):
+        model, other = (
+            minilora.inject(headed(), "body", LoRAConfig(r=2), trainable=["head", "norm.bias"]),
+            headed(),
+        )
+        nn.init.normal_(other["norm"].bias)
+        with torch.no_grad():
+            if "head" in learnt:
+                model["head"].train()(
+                    torch.randn(8, 4)
+                )  # which moves the statistics of the copy, and no more
+            if "norm.bias" in learnt:
+                model["norm"].trained.add_(1)
+        before = {key: raw(t) for key, t in minilora.adapter_state_dict(model).items()}
+        model.load_state_dict(other.state_dict(), assign=assign)
+        for key, value in minilora.adapter_state_dict(model).items():
+            stays = key.startswith("body.lora") or any(key.startswith(name) for name in learnt)
+            assert raw(value) == (before[key] if stays else raw(other.state_dict()[key])), key
+        assert all(p.requires_grad for p in minilora.trainable_parameters(model))
+        assert len(minilora.trainable_parameters(model)) == 2 + 4 + 1
+        for wrapper in (model["head"], model["norm"]):
+            wrapper.reset_parameters()
+        found = minilora.adapter_state_dict(model)
+        for key, value in other.state_dict().items():
+            assert key not in found or raw(found[key]) == raw(value), key
+
+
+def test_a_head_made_without_values_starts_from_the_checkpoint():
+    with torch.device("meta"):
+        model = minilora.inject(MLP(), "up", trainable=["classifier", "down.weight"])
+    source = MLP()
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(model.classifier.trained.weight, source.classifier.weight)
+    assert torch.equal(model.down.trained, source.down.weight)
 
 
 def test_bare_checkpoint_assigned_to_a_trained_head_is_not_shared_with_its_original():

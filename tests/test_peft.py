@@ -309,8 +309,8 @@ def test_what_cannot_be_honoured_is_named(field: str, value: object, tmp_path: P
 
 def test_every_problem_of_a_config_is_in_one_error(tmp_path: Path) -> None:
     trained_by_peft("bert", tmp_path, r=4, target_modules=["query"])
-    edit(tmp_path, lora_bias=True, init_lora_weights="olora", lora_dropout="much")
-    with pytest.raises(CheckpointError, match=r"(?s)3 problems.*lora_dropout.*init_lora_weights.*lora_bias"):
+    edit(tmp_path, layer_replication=[[0, 1]], init_lora_weights="olora", lora_dropout="much")
+    with pytest.raises(CheckpointError, match=r"(?s)3 problems.*lora_dropout.*init_lora.*layer_replication"):
         minilora.load(fresh("bert"), tmp_path)
 
 

@@ -47,7 +47,7 @@ def filled(model: nn.Module, targets: Any, config: LoRAConfig | None = None, **k
 
 def quiet(call: Any, *args: Any) -> Tensor:
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", ".*has no low-rank rule|.*even kernel lengths")
+        warnings.filterwarnings("ignore", ".*has no rule|.*even kernel lengths")
         return call(*args)
 
 

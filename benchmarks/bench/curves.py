@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from .markdown import grid
+from .plots import DPI, WIDTH, colour
 
 Curves = dict[str, dict[str, list[float]]]
 """By precision and form, the loss at each step."""
@@ -39,16 +40,23 @@ def curves_text(curves: Curves) -> str:
 
 
 def draw_curves(curves: Curves, title: str) -> Figure:
-    """Return one panel for each precision."""
-    figure = Figure(figsize=(4 * len(curves), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
-    for ax, (precision, pair) in zip(axes, curves.items(), strict=True):
-        for (name, curve), style in zip(pair.items(), ("-", "--"), strict=True):
-            ax.plot(smoothed(curve), style, label=name)
+    """Return for each precision both curves, and below them how far they come apart."""
+    figure = Figure(figsize=(WIDTH, 3.6), dpi=DPI, layout="constrained")
+    above, below = figure.subplots(
+        2, len(curves), squeeze=False, sharex=True, sharey="row", height_ratios=(2, 1)
+    )
+    for ax, gap, (precision, pair) in zip(above, below, curves.items(), strict=True):
+        both = [smoothed(curve) for curve in pair.values()]
+        for name, curve, style, width in zip(pair, both, ("-", "--"), (3.5, 1.2), strict=True):
+            ax.plot(curve, style, label=name, color=colour(name), linewidth=width)
+        gap.plot([fast - plain for plain, fast in zip(*both, strict=True)], color=colour("minilora"))
         ax.set_title(precision, fontsize=9)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    axes[0].set_ylabel(f"training loss, mean of {WINDOW} steps")
+        gap.set_xlabel("step", fontsize=8)
+        for each in (ax, gap):
+            each.grid(alpha=0.25)
+            each.tick_params(labelsize=8)
+    above[0].legend(fontsize=8)
+    above[0].set_ylabel(f"loss, mean of {WINDOW} steps", fontsize=8)
+    below[0].set_ylabel("difference", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure

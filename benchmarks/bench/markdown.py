@@ -45,6 +45,11 @@ def time_text(seconds: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(max(abs(value), 1))))}f} {unit}"
 
 
+def ratio_text(ratio: Spread | None) -> str:
+    """Return a ratio with its quartiles."""
+    return f"{ratio.median:.3f} [{ratio.low:.3f}–{ratio.high:.3f}]" if ratio else ""
+
+
 def _line_for_each_row(table: Table) -> str:
     with_memory = any(row.memory is not None for row in table.rows)
     header = ["", "time", f"× {table.reference} [quartiles]"]
@@ -53,7 +58,7 @@ def _line_for_each_row(table: Table) -> str:
     header += list(table.formats)
     lines = []
     for row in table.rows:
-        line = [row.name, _time(row), _ratio(table.ratio(row))]
+        line = [row.name, _time(row), ratio_text(table.ratio(row))]
         if with_memory:
             ratio = table.memory_ratio(row)
             line += [_memory(row.memory), "" if ratio is None else f"{ratio:.3f}"]
@@ -74,7 +79,7 @@ def _line_for_each_point(table: Table, cell: Callable[[Table, Row], str]) -> str
 def _time_and_ratio(table: Table, row: Row) -> str:
     if row.name == table.reference or not row.samples:
         return _time(row)
-    return f"{_time(row)}, {_ratio(table.ratio(row))}"
+    return f"{_time(row)}, {ratio_text(table.ratio(row))}"
 
 
 def _memory_of(_: Table, row: Row) -> str:
@@ -83,10 +88,6 @@ def _memory_of(_: Table, row: Row) -> str:
 
 def _time(row: Row) -> str:
     return time_text(Spread.of(row.samples).median) if row.samples else NOT_MEASURED
-
-
-def _ratio(ratio: Spread | None) -> str:
-    return f"{ratio.median:.3f} [{ratio.low:.3f}–{ratio.high:.3f}]" if ratio else ""
 
 
 def _memory(size: int | None) -> str:

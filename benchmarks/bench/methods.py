@@ -6,6 +6,7 @@ and nothing else does.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -56,13 +57,25 @@ def with_minilora(model: nn.Module, setup: Setup) -> nn.Module:
     return minilora.inject(model, setup.target_names, setup.lora_config(), trainable=setup.shape.head)
 
 
+def dora_with_minilora(model: nn.Module, setup: Setup) -> nn.Module:
+    """Call `minilora.inject` for DoRA."""
+    config = dataclasses.replace(setup.lora_config(), dora=True)
+    return minilora.inject(model, setup.target_names, config, trainable=setup.shape.head)
+
+
 def with_peft(model: nn.Module, setup: Setup) -> nn.Module:
     """Call `peft.get_peft_model`."""
     peft = import_optional("peft")
     return peft.get_peft_model(model, peft_config(setup))
 
 
-def peft_config(setup: Setup) -> Any:
+def dora_with_peft(model: nn.Module, setup: Setup) -> nn.Module:
+    """Call `peft.get_peft_model` for DoRA."""
+    peft = import_optional("peft")
+    return peft.get_peft_model(model, peft_config(setup, use_dora=True))
+
+
+def peft_config(setup: Setup, **more: Any) -> Any:
     """Return PEFT's form of the setup."""
     return import_optional("peft").LoraConfig(
         r=setup.rank,
@@ -70,6 +83,7 @@ def peft_config(setup: Setup) -> Any:
         lora_dropout=setup.dropout,
         target_modules=setup.target_names,
         modules_to_save=list(setup.shape.head) or None,
+        **more,
     )
 
 
@@ -122,3 +136,11 @@ def _freeze_all_but_head(model: nn.Module, setup: Setup) -> None:
     model.requires_grad_(False)
     for name in setup.shape.head:
         model.get_submodule(name).requires_grad_(True)
+
+
+DORA_METHODS: dict[str, TrainingMethod] = {
+    "minilora": with_minilora,
+    "minilora DoRA": dora_with_minilora,
+    "PEFT": with_peft,
+    "PEFT DoRA": dora_with_peft,
+}

@@ -88,7 +88,7 @@ class Report:
         figure = plots.draw(self.tables)
         if self.options.get("quick"):
             figure.suptitle("A quick run on tiny models: the figures mean nothing", fontsize=9)
-        figure.savefig(output.with_suffix(".png"), dpi=120)
+        figure.savefig(output.with_suffix(".png"))
 
 
 def _fact(value: object) -> str:

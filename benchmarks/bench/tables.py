@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .ratios import Spread, pairwise_ratios
 
@@ -71,6 +72,21 @@ class Table:
         """Return the row of a contestant at a point; an empty one, if it has none there."""
         found = [row for row in self.rows if (row.point, row.name) == (point, name)]
         return found[0] if found else Row(name=name, point=point, reason="no such row")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Table:
+        """Return the table of a result's JSON, as far as ratios and plots need it. Inverse: `to_dict`."""
+        rows = [
+            Row(
+                name=row["name"],
+                point=row["point"],
+                samples=row["samples_seconds"],
+                memory=row["memory_bytes"],
+                reason=row["not_measured"] or "",
+            )
+            for row in values["rows"]
+        ]
+        return cls(title=values["title"], reference=values["reference"], axis=values["axis"], rows=rows)
 
     def to_dict(self) -> dict[str, object]:
         """Return plain JSON values: every sample, and what the tables print."""

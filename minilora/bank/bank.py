@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from ..config import LoRAConfig
 from ..errors import MiniLoRAError, quoted, several
 from ..files.contents import Contents
-from ..files.loading import ReadFormat
+from ..files.loading import ReadFormat, Reading
 from ..files.paths import path_for
 from ..files.saving import WriteFormat, contents_of, require_format, write
 from ..module import device_of
@@ -51,6 +50,7 @@ class Bank:
         dtype: of A and B. None means what each site of the adapters would have on a model of its own, the
             widest of them; any other is rounded to.
         check_base: refuse a base other than the one that a file was trained on, where the file tells.
+        allow_pickle: for all files, as `minilora.load` takes it.
 
     Raises:
         MiniLoRAError: listing everything that is wrong with the arguments, the files, and the files on this
@@ -80,6 +80,7 @@ class Bank:
         r: int | None = None,
         dtype: torch.dtype | str | None = None,
         check_base: bool = True,
+        allow_pickle: bool = False,
     ) -> None:
         require_unwrapped(model)
         blueprint = Blueprint.of(
@@ -90,7 +91,7 @@ class Bank:
             slots=slots,
             r=r,
             dtype=dtype,
-            check_base=check_base,
+            how=Reading(check_base=check_base, allow_pickle=allow_pickle),
         )
         self.model = model
         """The model, whose rows the bank serves."""
@@ -189,16 +190,20 @@ class Bank:
         *,
         format: ReadFormat = "auto",
         config: LoRAConfig | None = None,
+        rename: Mapping[str, str] | None = None,
         check_base: bool = True,
+        allow_pickle: bool = False,
     ) -> None:
         """Put what a file describes into a free slot. Inverse: `remove`.
 
         Args:
             name: of the adapter here.
-            path: as `minilora.load` takes it, and so with `format`, `config` and `check_base`.
+            path: as `minilora.load` takes it, and so with all that follows.
             format: of the file.
             config: of the file, for "loralib" alone.
+            rename: from names in the file to the model's.
             check_base: refuse another base than the file's.
+            allow_pickle: read `adapter_model.bin`, where there is no `.safetensors` file.
 
         Raises:
             MiniLoRAError: when the bank is full, holds the name already, or has no room for the adapter, or
@@ -207,7 +212,7 @@ class Bank:
         """
         self._directory.require_new(name)
         slot = self._directory.free()
-        held = self._read(path, format=format, config=config, check_base=check_base)
+        held = self._read(path, Reading(format, config, None, rename, check_base, allow_pickle))
         fill(self._directory, self._places, name, slot, held)
 
     def replace(
@@ -217,7 +222,9 @@ class Bank:
         *,
         format: ReadFormat = "auto",
         config: LoRAConfig | None = None,
+        rename: Mapping[str, str] | None = None,
         check_base: bool = True,
+        allow_pickle: bool = False,
     ) -> None:
         """Put what a file describes in the place of an adapter; the arguments are those of `load`.
 
@@ -227,7 +234,7 @@ class Bank:
         """
         slot = self._directory.slot(name)
         self._directory.require_unchosen("replace")
-        held = self._read(path, format=format, config=config, check_base=check_base)
+        held = self._read(path, Reading(format, config, None, rename, check_base, allow_pickle))
         fill(self._directory, self._places, name, slot, held)
 
     def add(self, name: str, config: LoRAConfig = LoRAConfig()) -> None:  # noqa: B008  frozen
@@ -258,10 +265,11 @@ class Bank:
         """Empty the slot of an adapter. Inverse: `load`, `add`.
 
         Raises:
-            MiniLoRAError: when the bank has no adapter of that name, and inside `rows`.
+            MiniLoRAError: when the bank has no adapter of that name, inside `rows`, and on a sharded model.
         """
         slot = self._directory.slot(name)
         self._directory.require_unchosen("remove")
+        self._require_usable()
         self._directory.strike(name)
         for place in self._places.values():
             place.put(slot, None)
@@ -291,10 +299,11 @@ class Bank:
         """Let an adapter train no more, and serve it as those that were loaded. Inverse: `parameters`.
 
         Raises:
-            MiniLoRAError: when the bank has no adapter of that name, and inside `rows`.
+            MiniLoRAError: when the bank has no adapter of that name, inside `rows`, and on a sharded model.
         """
         slot = self._directory.slot(name)
         self._directory.require_unchosen("freeze")
+        self._require_usable()
         self._directory.trained.discard(slot)
         for place in self._places.values():
             place.settle(slot)
@@ -323,10 +332,10 @@ class Bank:
         self._require_usable()
         return contents_of(held_in(Sites(self.model).bare(), self._places, slot))
 
-    def _read(self, path: Path, **how: Any) -> Held:
+    def _read(self, path: Path, how: Reading) -> Held:
         self._require_usable()
         file = path_for(path, self.model, call="Bank.load(name, path)")
-        held = from_file(Sites(self.model).bare(), file, **how)
+        held = from_file(Sites(self.model).bare(), file, how)
         self._require_room(held)
         return held
 

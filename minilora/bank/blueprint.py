@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import LoRAConfig, is_float_dtype, plain_dtype
 from ..errors import MiniLoRAError, quoted, several
+from ..files.loading import Reading
 from ..files.paths import path_for
 from ..lora import LoRA
 from ..manifest import Manifest
@@ -49,9 +50,9 @@ class Blueprint:
         slots: int | None,
         r: int | None,
         dtype: torch.dtype | str | None,
-        check_base: bool,
+        how: Reading,
     ) -> Blueprint:
-        """Return the blueprint of a bank; the arguments are those of `Bank`.
+        """Return the blueprint of a bank; `how` its files are read, the rest as `Bank` has it.
 
         Raises:
             MiniLoRAError: listing everything that is wrong.
@@ -66,7 +67,7 @@ class Blueprint:
         for name, path in adapters.items():
             try:
                 file = path_for(path, model, call="Bank(model, {name: path, ...})")
-                held[name] = from_file(bare, file, check_base=check_base)
+                held[name] = from_file(bare, file, how)
             except MiniLoRAError as error:
                 problems.append(f"{name!r}: {_indented(error)}")
         later = _later(bare, targets, trainable, r, problems)

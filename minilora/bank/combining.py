@@ -2,6 +2,8 @@
 
     w1 s1 B1 A1 + w2 s2 B2 A2  =  [w1 s1 B1, w2 s2 B2] [A1; A2]        of rank r1 + r2, with scaling 1
 
+and biases of B are summed likewise.
+
 Exact, however many there are. A smaller rank is that of the nearest matrix, by the singular values, and
 what is lost is told.
 """
@@ -19,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config, LoRAConfig
+from ..config import AdapterConfig, Config, LoRAConfig, RowsConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..files.contents import Contents
 from ..files.fingerprint import Fingerprint, compare
 from ..files.loading import read
 from ..files.paths import path_for
 from ..files.saving import WriteFormat, require_format, write
-from ..initial import change_since
 from ..manifest import Manifest, grouped
 from ..names import described, natural, outermost_of
+from ..variants.initial import change_since
 from .bank import Bank
 
 
@@ -114,7 +116,10 @@ def combine(
             norms[site] = (0.0, _norm(A, B))
         ranks[site] = A.shape[-2]
         tensors |= {f"{site}.lora_A": A.to(whole.dtype), f"{site}.lora_B": B.to(whole.dtype)}
-        placed.append((LoRAConfig(r=ranks[site], alpha=ranks[site], dropout=whole.dropout), site))
+        if whole.bias is not None:
+            tensors[f"{site}.lora_bias"] = whole.bias.to(whole.dtype)
+        rank, biased = ranks[site], whole.bias is not None
+        placed.append((LoRAConfig(r=rank, alpha=rank, dropout=whole.dropout, lora_bias=biased), site))
     trained: tuple[str, ...] = ()
     if heads is not None:
         source = adapters[heads]
@@ -137,17 +142,23 @@ class _Sum:
     dtype: torch.dtype
     """The widest of the adapters'."""
     dropout: float
+    bias: Tensor | None = None  # (out,), of B
 
     @classmethod
     def of(cls, site: str, weights: Mapping[Any, float], adapters: Mapping[Any, Contents]) -> _Sum:
         parts: list[tuple[Tensor, Tensor, LoRAConfig, float]] = []
+        biases: list[Tensor] = []
         for name, weight in weights.items():
             contents = adapters[name]
             config = contents.manifest.placed().get((site, LoRAConfig.kind))
             if isinstance(config, LoRAConfig):
-                A, B, *start = (contents.tensors[f"{site}.{name}"] for name in config.tensor_names)
-                A, B = change_since(A, B, *start) if start else (A, B)
+                own = {key: contents.tensors[f"{site}.{key}"] for key in config.tensor_names}
+                A, B = own["lora_A"], own["lora_B"]
+                if config.begins_at_weight:
+                    A, B = change_since(A, B, own["lora_A_start"], own["lora_B_start"])
                 parts.append((A, B, config, float(weight)))
+                if config.lora_bias:
+                    biases.append(weight * config.scaling * own["lora_bias"].double())
         dtype = parts[0][0].dtype
         for A, *_ in parts:
             dtype = torch.promote_types(dtype, A.dtype)
@@ -157,6 +168,7 @@ class _Sum:
             torch.cat([weight * config.scaling * B.double() for _, B, config, weight in parts], dim=-1),
             dtype,
             dropouts.pop() if len(dropouts) == 1 else 0.0,
+            sum(biases[1:], biases[0]) if biases else None,
         )
 
 
@@ -219,14 +231,13 @@ def _contents(name: str | os.PathLike[str], bank: Bank | None) -> Contents:
 
 def _refusals(contents: Contents) -> list[str]:
     problems = [f"it is damaged: {contents.damage}"] if contents.damage else []
-    others = [
-        site
-        for config, sites in contents.manifest.injections
-        for site in sites
-        if not isinstance(config, LoRAConfig)
-    ]
-    if others:
-        problems.append(f"{described(others)}: a bottleneck adapter is not linear, and has no sum")
+    reasons = {
+        AdapterConfig: "a bottleneck adapter is not linear, and has no sum",
+        RowsConfig: "trained rows take the place of others, and have no sum",
+    }
+    for kind, reason in reasons.items():
+        if sites := [s for c, names in contents.manifest.injections for s in names if isinstance(c, kind)]:
+            problems.append(f"{described(sites)}: {reason}")
     if rescaled := [
         s for c, sites in contents.manifest.injections for s in sites if getattr(c, "dora", False)
     ]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import Config
 from ..errors import MiniLoRAError, several
-from ..files.loading import fit
+from ..files.loading import Reading, fit
 from ..lora import LoRA
 from ..lora_linear import LoRALinear
 from ..manifest import Manifest, grouped
@@ -40,19 +39,19 @@ Held = dict[Key, InjectedModule]
 """What a slot holds: a wrapper for each site."""
 
 
-def from_file(bare: Sites, path: Path, **how: Any) -> Held:
+def from_file(bare: Sites, path: Path, how: Reading) -> Held:
     """Return what an adapter file holds, with its values.
 
     Args:
         bare: the places of the model, as if nothing stood around them.
         path: of the file or folder.
-        how: what else `load` takes.
+        how: to read it.
 
     Raises:
         CheckpointError: listing everything that is wrong with the file, or with it on this model.
         OSError: when there is no such file, or it cannot be read.
     """
-    fitted = fit(path, bare, {}, outcome=f"{str(path)!r} was not loaded and the bank is as it was", **how)
+    fitted = fit(path, bare, {}, how, outcome=f"{str(path)!r} was not loaded and the bank is as it was")
     for name, site in fitted.injected.items():
         for wrapper in site.wrappers:
             below = {key: fitted.tensors[f"{name}.{key}"] for key in wrapper.saved_state()}
@@ -106,7 +105,8 @@ def refusals(held: Held, bare: Sites) -> Problems:
             problems.add(
                 name,
                 f"{wrapper.description()} on {type(layer).__name__}: a bank takes LoRA on linear layers, "
-                "Conv1D and embeddings that look up and do no more, and modules trained in full",
+                "Conv1D and embeddings that look up and do no more, without DoRA or a bias of B, and modules "
+                "trained in full",
             )
     return problems
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ..config import LoRAConfig
-from ..functional import effective_linear
 from ..lora_linear import fits_weight_form
 from ..torch_internals import own_tensors
+from ..variants.plain_linear import effective_linear
 from .gathered import add_by_row, dropped
 from .rows import Rows
 from .site import LowRankSite

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import __version__
 from ..files.tensors import FLOAT_DTYPES
 
-ADAPTER = "a minilora file, or a PEFT folder"
+ADAPTER = "a minilora file, a PEFT folder, or a slim checkpoint of a Trainer"
 BASE = "a folder with a model's safetensors files, or one such file"
 
 
@@ -89,7 +89,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "target", type=Path, metavar="OUT", help="a file or a folder that does not exist yet"
     )
-    command.add_argument("--to", choices=("peft", "minilora"), required=True, help="the new format")
+    command.add_argument(
+        "--to", choices=("minilora", "peft"), default="minilora", help="the new format (default: minilora)"
+    )
+    command.add_argument(
+        "--portable", action="store_true", help="with --to peft: what every server reads alike, LoRA alone"
+    )
 
     command = _command(
         commands,

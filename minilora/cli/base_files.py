@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, listed, quoted
-from ..files.fingerprint import Fingerprint, Signature
+from ..files.fingerprint import Fingerprint, Signature, untrained
 from ..files.formats import native, peft
 from ..files.formats.recognise import other_kind
 from ..files.tensors import DTYPE_NAMES, FLOAT_DTYPES, opened, read_json
@@ -108,14 +108,23 @@ class BaseFiles:
                 for name in inside:
                     yield name, file.get_tensor(name)
 
-    def signatures(self, names: Iterable[str]) -> Iterator[tuple[str, Signature]]:
-        """Yield the signatures of those tensors that are weights, with their names."""
-        for name, tensor in self.values(name for name in names if self.tensors[name].is_float):
-            yield name, Signature.of(tensor)
+    def signatures(
+        self, names: Iterable[str], rows: Mapping[str, Sequence[int]] | None = None
+    ) -> Iterator[tuple[str, Signature]]:
+        """Yield the signatures of those tensors that are weights, with their names.
 
-    def fingerprint(self, weights: Mapping[str, str], transposed: frozenset[str]) -> Fingerprint:
-        """Return the fingerprint of weights, given by site as names in the files."""
-        found = dict(self.signatures(set(weights.values())))
+        Args:
+            names: of tensors.
+            rows: which rows of a tensor are trained, and so no part of its signature.
+        """
+        for name, tensor in self.values(name for name in names if self.tensors[name].is_float):
+            yield name, Signature.of(untrained(tensor, (rows or {}).get(name, ())))
+
+    def fingerprint(
+        self, weights: Mapping[str, str], transposed: frozenset[str], rows: Mapping[str, Sequence[int]]
+    ) -> Fingerprint:
+        """Return the fingerprint of weights, given by site as names in the files; rows as in `signatures`."""
+        found = dict(self.signatures(set(weights.values()), rows))
         return Fingerprint(
             {site: found[name] for site, name in weights.items() if name in found},
             {

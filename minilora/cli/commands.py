@@ -11,7 +11,7 @@ from pathlib import Path
 from ..bank import combine
 from ..errors import CheckpointError, MiniLoRAError
 from ..files.contents import Contents
-from ..files.formats import native, peft
+from ..files.formats import native, peft, trainer
 from ..files.loading import read
 from ..files.tensors import FLOAT_DTYPES
 from . import terminal
@@ -89,8 +89,10 @@ def _diff(arguments: argparse.Namespace) -> Exit:
 
 
 def _convert(arguments: argparse.Namespace) -> Exit:
+    if arguments.portable and arguments.to != "peft":
+        raise MiniLoRAError("--portable goes with --to peft, which servers read")
     contents = _read_whole(arguments.source)
-    if _format(arguments.source) == arguments.to:
+    if _format(arguments.source) == arguments.to and not arguments.portable:
         raise CheckpointError(f"{str(arguments.source)!r} is in {arguments.to}'s format already")
     if arguments.target.exists():
         raise CheckpointError(
@@ -99,7 +101,7 @@ def _convert(arguments: argparse.Namespace) -> Exit:
     if arguments.to == "minilora":
         native.write(arguments.target, contents)
         return Exit.DONE
-    peft.write(arguments.target, contents)
+    peft.write(arguments.target, contents, portable=arguments.portable)
     if contents.manifest.trainable:
         terminal.say(
             "note: PEFT takes any module whose name ends with one of "
@@ -157,7 +159,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Exit]] = {
 
 def _read(path: Path) -> Contents:
     """Return what an adapter file holds, and tell what its format has to tell."""
-    if path.is_dir() and not (path / peft.CONFIG_FILE).exists():
+    if _format(path) == "peft" and path.is_dir() and not (path / peft.CONFIG_FILE).exists():
         if any((path / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
             raise CheckpointError(
                 f"{str(path)!r} is a base model's folder, and no adapter's: a base is given with --base"
@@ -177,12 +179,15 @@ def _read_whole(path: Path) -> Contents:
 
 
 def _format(path: Path) -> str:
+    if trainer.is_checkpoint(path):
+        return "trainer"
     return "peft" if path.is_dir() else "minilora"
 
 
 def _size(path: Path) -> int:
     if path.is_dir():
-        return sum((path / name).stat().st_size for name in (peft.CONFIG_FILE, peft.TENSOR_FILE))
+        room = trainer if _format(path) == "trainer" else peft
+        return sum((path / name).stat().st_size for name in (room.CONFIG_FILE, room.TENSOR_FILE))
     return path.stat().st_size
 
 

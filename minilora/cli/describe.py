@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..config import Config
+from ..errors import listed
 from ..files.contents import Contents
 from ..files.fingerprint import Fingerprint
 from ..files.formats.native import manifest_to_json
@@ -64,7 +65,10 @@ def spread(numbers: Sequence[float]) -> str:
 
 def _heading(config: Config) -> str:
     fields = {key: value for key, value in config.to_dict().items() if value is not None}
-    return f"{KINDS[config.kind].title} {' '.join(f'{key}={value}' for key, value in fields.items())}"
+    shown = {
+        key: listed(list(map(str, v))) if isinstance(v, tuple) else plain(str(v)) for key, v in fields.items()
+    }
+    return f"{KINDS[config.kind].title} {' '.join(f'{key}={value}' for key, value in shown.items())}"
 
 
 def _rows(parts: Iterable[Part]) -> Iterator[str]:

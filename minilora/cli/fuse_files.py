@@ -10,14 +10,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..diagnosis.rounding import exact_dtype, share_lost
 from ..errors import CheckpointError, quoted, several
 from ..files.atomic import new_folder, write_whole
 from ..files.contents import Contents
@@ -28,6 +30,7 @@ from .base_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, SUFFIX, BaseFiles
 from .inventory import KINDS, Inventory
 from .placement import Placement, place
 from .ties import find_ties
+from .updates import LowRank, with_bias
 
 # Other copies of the weights, which would contradict the fused ones.
 WEIGHT_SUFFIXES = {
@@ -53,6 +56,8 @@ class Fusion:
     placement: Placement
     dtype: torch.dtype | None
     """Of all floating-point tensors in the result; None keeps each tensor's own."""
+    lost: dict[str, float] = field(default_factory=dict)
+    """The share of each update that rounding took, by site, as far as the tensors are made."""
 
     def files(self) -> dict[str, list[str]]:
         """Return the names of the tensors in each file of the result: those of the base, and new heads."""
@@ -88,8 +93,16 @@ class Fusion:
 
     @cached_property
     def _sites(self) -> dict[str, str]:
-        """The LoRA sites, by the names in the files of their weights."""
+        """The sites with an update, by the names in the files of their weights."""
         return {self.placement.weights[site]: site for site in self.placement.updates}
+
+    @cached_property
+    def _moved(self) -> dict[str, LowRank]:
+        """What is added to biases, by their names in the files."""
+        found = {
+            name: with_bias(self.placement.updates[site]) for site, name in self.placement.biases.items()
+        }
+        return {name: update for name, update in found.items() if update is not None}
 
     def _made(self, name: str, read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
         """Return a tensor of the result, rounded once.
@@ -98,11 +111,15 @@ class Fusion:
             CheckpointError: when that makes values infinite that were finite.
         """
         tensor, site = read(), self._sites.get(name)
-        if site is None:
+        if name in self._moved:
+            made = self._moved[name].added_to_bias(tensor, dtype=dtype)
+        elif site is None:
             made = tensor.to(dtype)
         else:
             transposed = site in self.placement.transposed
-            made = self.placement.updates[site].added_to(tensor, transposed=transposed, dtype=dtype)
+            added_to = partial(self.placement.updates[site].added_to, tensor, transposed=transposed)
+            made = added_to(dtype=dtype)
+            self.lost[site] = share_lost(tensor, added_to(dtype=exact_dtype(tensor)), dtype)
         if not is_finite(made) and (lost := int((torch.isfinite(tensor) & ~torch.isfinite(made)).sum())):
             raise CheckpointError(
                 f"{name!r}: {lost} of {made.numel()} values are too large for {_short(dtype)}; nothing has "
@@ -156,6 +173,12 @@ def fuse_files(
             _carry_along(base, folder, dtype, say)
     else:
         _write_files(fusion, {base.path.name: out}, say)
+    if fusion.lost:
+        worst = max(fusion.lost, key=fusion.lost.__getitem__)
+        say(
+            f"lost to rounding: {fusion.lost[worst]:.2%} of the update of {worst!r}, where it is most; "
+            f"{median(fusion.lost.values()):.2%} in the median"
+        )
     if added := fusion.added():
         say(f"new in this checkpoint: {quoted(added)}; config.json is as it was, so mind num_labels")
 
@@ -196,15 +219,22 @@ def _unfusable(contents: Contents, base: BaseFiles) -> list[str]:
 
 
 def _without_a_weight_of_their_own(placement: Placement, base: BaseFiles) -> list[str]:
-    """Return why weights that are there cannot take an update."""
+    """Return why weights that are there cannot take an update, and which biases are not there."""
     problems = Problems()
     ties = find_ties(placement, base)
     for site in placement.updates:
         stored = base.tensors[placement.weights[site]]
         if not stored.is_float:
             problems.add(site, f"the base's weight is {stored.dtype_name}, quantised")
-        elif site in ties:
+        elif site in ties and site not in placement.shared:
             problems.add(site, ties[site])
+    for site, name in placement.biases.items():
+        if name not in {*base.tensors, *placement.heads.values()}:
+            problems.add(
+                site,
+                "B has a bias, and the base's files have none of the layer's to take it in. Fuse in Python, "
+                "minilora.fuse(model), and give the layer a bias wherever the result is loaded",
+            )
     return problems.lines()
 
 

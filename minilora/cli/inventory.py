@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..config import Config, LoRAConfig
+from ..config import Config, LoRAConfig, RowsConfig
 from ..errors import quoted
 from ..files.contents import Contents
-from ..initial import change_since
 from ..lora import LoRA
 from ..names import outermost_of
+from ..rows import TrainedRows
 from ..trained import TrainableHead
-from .updates import LowRank, Rescaled, Update, Values
+from ..variants.initial import change_since
+from .updates import LowRank, Replaced, Rescaled, Update, Values
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Part:
     """As files name it."""
     config: Config | None
     """None for a module that is trained in full."""
+    of: str | None
+    """The site whose tensors these are, at one that shares them; else None."""
     tensors: Mapping[str, Tensor]
     """By their names below the part's own, which for a parameter that is trained in full is ""."""
 
@@ -73,10 +76,11 @@ class Inventory:
         missing: list[str] = []
         for config, sites in contents.manifest.injections:
             for site in sites:
-                keys = {key: f"{site}.{key}" for key in config.tensor_names}
+                of = config.of if isinstance(config, RowsConfig) else None
+                keys = {key: f"{of or site}.{key}" for key in config.tensor_names}
                 missing += [full for full in keys.values() if full not in contents.tensors]
                 own = {key: contents.tensors[full] for key, full in keys.items() if full in contents.tensors}
-                parts[site, config.kind] = Part(site, config.kind, config, own)
+                parts[site, config.kind] = Part(site, config.kind, config, of, own)
                 for full in keys.values():
                     unclaimed.pop(full, None)
         whole: dict[str, dict[str, Tensor]] = {name: {} for name in contents.manifest.trainable}
@@ -84,7 +88,7 @@ class Inventory:
             if (name := outermost_of(full, whole)) is not None:
                 whole[name][full[len(name) + 1 :]] = unclaimed.pop(full)
         for name, tensors in whole.items():
-            parts[name, TrainableHead.kind] = Part(name, TrainableHead.kind, None, tensors)
+            parts[name, TrainableHead.kind] = Part(name, TrainableHead.kind, None, None, tensors)
         return cls(parts, tuple(missing), tuple(unclaimed))
 
     def problems(self) -> list[str]:
@@ -116,11 +120,18 @@ def _low_rank(part: Part) -> LowRank | Rescaled | None:
         if (A0.shape, B0.shape) != (A.shape, B.shape):
             return None
         A, B = change_since(A, B, A0, B0)
-    low_rank = LowRank(A, B, config.scaling)
+    low_rank = LowRank(A, B, config.scaling, tensors.get("lora_bias"))
     if not config.dora:
         return low_rank
     m = tensors["lora_magnitude"]
     return Rescaled(low_rank, m) if m.shape == low_rank.shape[:-1] else None
+
+
+def _rows(part: Part) -> Replaced | None:
+    config, rows = part.config, part.tensors.get("trained_rows")
+    assert isinstance(config, RowsConfig)
+    fitting = rows is not None and rows.ndim == 2 and len(rows) == len(config.rows)
+    return Replaced(tuple(config.rows), rows) if rows is not None and fitting else None
 
 
 def _values(part: Part) -> Values:
@@ -129,6 +140,7 @@ def _values(part: Part) -> Values:
 
 KINDS: dict[str, Kind] = {
     LoRA.kind: Kind("LoRA", _low_rank),
+    TrainedRows.kind: Kind("rows", _rows),
     Adapter.kind: Kind("bottleneck adapter", _values),
     TrainableHead.kind: Kind("trained in full", _values),
 }

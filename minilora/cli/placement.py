@@ -25,7 +25,7 @@ from ..plan import WRAPPERS
 from ..problems import Problems
 from .base_files import BaseFiles
 from .inventory import Inventory, Part
-from .updates import LowRank, Rescaled
+from .updates import LowRank, OfWeight, Replaced, Rescaled, with_bias
 
 
 class MisfitError(CheckpointError):
@@ -36,16 +36,24 @@ class MisfitError(CheckpointError):
 class Placement:
     """How an adapter lies on a base's files."""
 
-    updates: Mapping[str, LowRank | Rescaled]
-    """What is added to the weight at each LoRA site."""
+    updates: Mapping[str, OfWeight]
+    """What is made of the weight at each site of LoRA or of rows."""
     weights: Mapping[str, str]
-    """The name in the files of the weight at each site; LoRA sites all have one."""
+    """The name in the files of the weight at each site; those with an update all have one."""
+    shared: frozenset[str]
+    """Sites with an update that is meant for all modules that share the weight."""
     heads: Mapping[str, str]
     """The name in the files of each tensor that was trained in full, whether it is there already or not."""
     transposed: frozenset[str]
     """LoRA sites whose weight is stored as (in, out)."""
     comparison: Comparison
     """How the base relates to the one that the adapter was trained on."""
+
+    @property
+    def biases(self) -> dict[str, str]:
+        """The name in the files of the bias at each site that moves it, whether it is there or not."""
+        moved = (site for site, update in self.updates.items() if with_bias(update))
+        return {site: f"{self.weights[site].removesuffix('weight')}bias" for site in moved}
 
 
 @dataclass(frozen=True)
@@ -86,21 +94,25 @@ def place(contents: Contents, base: BaseFiles) -> Placement:
         CheckpointError: when the base's files are not sound.
     """
     parts = Inventory.of(contents).parts.values()
-    loras = {part.name: part for part in parts if part.config and WRAPPERS[part.kind].mergeable}
+    merged = {part.name: part for part in parts if part.config and WRAPPERS[part.kind].mergeable}
+    sharing = {name: part.of for name, part in merged.items() if part.of is not None}
     others = [part.name for part in parts if part.config and not WRAPPERS[part.kind].mergeable]
     recorded, problems = contents.base or Fingerprint(), Problems()
-    found = _find(list(loras) or _with_weight(others, base), recorded, base, problems)
+    named = [name for name in merged if name not in sharing]  # a shared weight may be stored once
+    found = _find(named or _with_weight(others, base), recorded, base, problems)
     weights = dict(found.weights)
     if not found.by_value:
-        weights |= _by_name(others, found.prefix, base).weights
-    updates = _updates(loras, problems)
+        weights |= _by_name([*others, *sharing], found.prefix, base).weights
+    updates = _updates({n: p for n, p in merged.items() if n in weights or n not in sharing}, problems)
     transposed = _transposed(updates, weights, contents, base, problems)
     heads = _heads([part for part in parts if part.config is None], found, base, problems)
     if problems:
         raise MisfitError(several(problems.lines(), outcome=f"the adapter does not fit {str(base.path)!r}"))
     known = {site: name for site, name in weights.items() if site in recorded.signatures}
-    comparison = compare(recorded, base.fingerprint(known, transposed))
-    return Placement(updates, weights, heads, transposed, comparison)
+    rows = {weights[site]: update.rows for site, update in updates.items() if isinstance(update, Replaced)}
+    comparison = compare(recorded, base.fingerprint(known, transposed, rows))
+    shared = frozenset({*sharing, *sharing.values()}) & updates.keys()
+    return Placement(updates, weights, shared, heads, transposed, comparison)
 
 
 def _find(sites: list[str], recorded: Fingerprint, base: BaseFiles, problems: Problems) -> Found:
@@ -227,19 +239,20 @@ def _add_missing(found: Found, sites: list[str], base: BaseFiles, problems: Prob
             problems.add(site, text)
 
 
-def _updates(loras: Mapping[str, Part], problems: Problems) -> dict[str, LowRank | Rescaled]:
-    updates: dict[str, LowRank | Rescaled] = {}
-    for site, part in loras.items():
+def _updates(parts: Mapping[str, Part], problems: Problems) -> dict[str, OfWeight]:
+    updates: dict[str, OfWeight] = {}
+    for site, part in parts.items():
         update = part.update()
-        if isinstance(update, (LowRank, Rescaled)):
+        if isinstance(update, (LowRank, Rescaled, Replaced)):
             updates[site] = update
         else:
-            problems.add(site, "the file has no A and B of one rank for it")
+            what = "as many rows as its config names" if part.kind == "rows" else "A and B of one rank"
+            problems.add(site, f"the file does not have {what} for it")
     return updates
 
 
 def _transposed(
-    updates: Mapping[str, LowRank | Rescaled],
+    updates: Mapping[str, OfWeight],
     weights: Mapping[str, str],
     contents: Contents,
     base: BaseFiles,
@@ -255,6 +268,8 @@ def _transposed(
         ways = [way for way in (False, True) if update.fits(stored, transposed=way)]
         if not ways:
             problems.add(site, f"the base's weight is {stored}, the adapter's update {update.shape}")
+        elif isinstance(update, Replaced):
+            continue  # the signature is of other rows
         elif signature is not None and signature.shape != stored:  # a kernel of as many values
             problems.add(site, f"the base's weight is {stored}, and it was trained on {signature.shape}")
         elif len(ways) == 1:

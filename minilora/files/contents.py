@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ..config import Config, RowsConfig
 from ..errors import CheckpointError
 from ..manifest import Manifest
 from ..names import described, outermost_of
@@ -61,7 +62,10 @@ class Announced:
         """
         names = {rename(name): name for name in self.entries}
         manifest = Manifest(
-            tuple((config, tuple(map(rename, sites))) for config, sites in self.manifest.injections),
+            tuple(
+                (_renamed(config, rename), tuple(map(rename, sites)))
+                for config, sites in self.manifest.injections
+            ),
             tuple(map(rename, self.manifest.trainable)),
         )
         return replace(
@@ -89,3 +93,10 @@ class Announced:
                 f"it holds weights of its base, which were not compared: {described(self.base_values)}"
             )
         return Contents(self.manifest, tensors, self.base, self.damage(tensors), tuple(notes))
+
+
+def _renamed(config: Config, rename: Callable[[str], str]) -> Config:
+    """Return a config with the site that it names, if it names one, under another name."""
+    if isinstance(config, RowsConfig) and config.of is not None:
+        return replace(config, of=rename(config.of))
+    return config

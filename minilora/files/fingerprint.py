@@ -13,8 +13,9 @@ that spacing; in one and the same dtype they must agree to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..errors import CheckpointError, listed
 from ..linear import linear_shape
 from ..lora import LoRA
+from ..rows import TrainedRows
 from ..sites import Site
 from .tensors import FLOAT_DTYPES
 
@@ -153,6 +155,9 @@ class Fingerprint:
                 if layout and (shape is None or name != owner):
                     layers[name] = type(site.bare).__name__
                 weight = wrapper.signed_weight()
+                if isinstance(weight, Tensor) and (rows := _trained_rows(site, name)):
+                    rest = untrained(weight, rows)
+                    weight = rest if len(rest) else "all of its rows are trained"
                 if isinstance(weight, str):
                     unchecked[name] = weight
                 elif weight is not None:
@@ -253,6 +258,21 @@ def compare(recorded: Fingerprint, present: Fingerprint) -> Comparison:
         for site in worst
     }
     return Comparison(tuple(same), tuple(cast), different, unchecked)
+
+
+def untrained(weight: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return the longest run of rows of a weight without any of those that are trained; a view.
+
+    What stood in these is not part of the base that is meant: the rows of new tokens begin at random.
+    """
+    start, stop = max(pairwise([-1, *rows, len(weight)]), key=lambda gap: gap[1] - gap[0])
+    return weight[start + 1 : stop] if rows else weight
+
+
+def _trained_rows(site: Site, name: str) -> Sequence[int]:
+    """Return which rows are trained of the weight that a site has under a manifest's name."""
+    wrappers = (w for w in site.wrappers if isinstance(w, TrainedRows) and w.placed_at(site.name) == name)
+    return next((wrapper.config.rows for wrapper in wrappers), ())
 
 
 def _places(numel: int) -> Tensor:

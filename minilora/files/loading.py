@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
+from ..followers import tell_followers
 from ..manifest import Manifest
 from ..module import InjectedModule, device_of
 from ..names import described, outermost_of
@@ -34,15 +35,27 @@ from .agreement import ConfigFrom, differences, require_side, take_configs
 from .base_values import other_base_values
 from .contents import Announced, Contents
 from .fingerprint import Fingerprint, compare
-from .formats import adapters, loralib, native, peft
+from .formats import adapters, loralib, native, peft, trainer
 from .paths import path_for
 from .renaming import proposal, renaming_for
 from .saving import saved_tensors
 from .tensors import FLOAT_DTYPES, is_finite
 
-ReadFormat = Literal["auto", "minilora", "peft", "loralib", "adapters"]
+ReadFormat = Literal["auto", "minilora", "peft", "trainer", "loralib", "adapters"]
 
 logger = logging.getLogger("minilora")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file is to be read; what each means is told by `load`."""
+
+    format: ReadFormat = "auto"
+    config: LoRAConfig | None = None
+    config_from: ConfigFrom | None = None
+    rename: Mapping[str, str] | None = None
+    check_base: bool = True
+    allow_pickle: bool = False
 
 
 @explains_foreign_words
@@ -65,7 +78,8 @@ def load(
     Args:
         model: the same architecture as the one that was saved; changed in place.
         path: of a file written by `save`, a PEFT folder, or what `format` says.
-        format: "auto" takes a folder for PEFT's and a file for minilora's own. "loralib" is a
+        format: "auto" takes a folder for PEFT's and a file for minilora's own. "trainer", told by itself
+            too, is a checkpoint that transformers' Trainer wrote after `slim_checkpoints`. "loralib" is a
             `.safetensors` file of `loralib.lora_state_dict(model)`, with or without a task head; "adapters"
             a folder that the adapters library saved for a BERT, with `use_safetensors=True`.
         config: for "loralib" alone, whose files hold neither r nor alpha.
@@ -107,18 +121,8 @@ def load(
     sites = Sites(model)
     injected = {name: site for name, site in sites.injected().items() if site.trains}
     outcome = f"{str(file)!r} was not loaded and the model has not been changed"
-    fitted = fit(
-        file,
-        sites,
-        injected,
-        format=format,
-        config=config,
-        config_from=config_from,
-        rename=rename,
-        check_base=check_base,
-        allow_pickle=allow_pickle,
-        outcome=outcome,
-    )
+    how = Reading(format, config, config_from, rename, check_base, allow_pickle)
+    fitted = fit(file, sites, injected, how, outcome=outcome)
     values = _on_their_devices(fitted.tensors, fitted.injected, device_of(model))
     for note in fitted.notes:  # before anything changes: a warning may be turned into an error
         warnings.warn(note, UserWarning, stacklevel=3)
@@ -128,6 +132,7 @@ def load(
         take_configs(fitted.manifest, fitted.injected)
     if fitted.plan is not None:
         fitted.plan.put_in_place()
+    tell_followers(model)
     return model
 
 
@@ -166,31 +171,14 @@ class Fitted:
     """What a user should hear."""
 
 
-def fit(
-    file: Path,
-    sites: Sites,
-    injected: Mapping[str, Site],
-    *,
-    format: ReadFormat = "auto",
-    config: LoRAConfig | None = None,
-    config_from: ConfigFrom | None = None,
-    rename: Mapping[str, str] | None = None,
-    check_base: bool = True,
-    allow_pickle: bool = False,
-    outcome: str,
-) -> Fitted:
+def fit(file: Path, sites: Sites, injected: Mapping[str, Site], how: Reading, *, outcome: str) -> Fitted:
     """Read a file and check it against a model, all that `load` does before it changes anything.
 
     Args:
         file: as `load` takes it.
         sites: of the model.
         injected: the sites whose wrappers shall take the values; empty for new wrappers.
-        format: as `load` takes it.
-        config: as `load` takes it.
-        config_from: as `load` takes it.
-        rename: as `load` takes it.
-        check_base: as `load` takes it.
-        allow_pickle: as `load` takes it.
+        how: to read the file.
         outcome: what became of the work, for the errors.
 
     Raises:
@@ -198,17 +186,17 @@ def fit(
         MiniLoRAError: when an argument is wrong.
         OSError: when there is no such file, or it cannot be read.
     """
-    require_side(config_from)
-    renaming = renaming_for(rename, sites.model, file)
+    require_side(how.config_from)
+    renaming = renaming_for(how.rename, sites.model, file)
     named = sites if renaming is None else renaming.file_sites(sites)
-    with _reading(file, format, config, named, allow_pickle) as announced:
+    with _reading(file, how, named) as announced:
         plan: Plan | None = None
         problems = announced.disagreements(named)
         if renaming is not None:
             problems += renaming.problems(announced.entries)
             announced = announced.renamed(renaming.to_model)  # noqa: PLW2901  the same file
         if injected:
-            problems += differences(announced.manifest, injected, config_from)
+            problems += differences(announced.manifest, injected, how.config_from)
         else:
             plan, misfits = build(announced.manifest, sites, without_values=True)
             injected = plan.sites()
@@ -223,30 +211,29 @@ def fit(
         problems += other_base_values(announced.base_values, sites)
         if problems := problems or [damage for damage in [announced.damage(tensors)] if damage]:
             raise CheckpointError(several(problems, outcome=outcome))
-    if check_base and announced.base is not None:
+    if how.check_base and announced.base is not None:
         _require_same_base(announced.base, injected, outcome)
     return Fitted(announced.manifest, tensors, injected, plan, (*announced.notes, *notes))
 
 
 def read(path: Path) -> Contents:
-    """Return what a file of minilora's or a PEFT folder holds, without a model.
+    """Return what a file of minilora's, a PEFT folder or a Trainer's checkpoint holds, without a model.
 
     Raises:
         CheckpointError: when the file is not sound, or holds what minilora does not do.
         OSError: when there is no such file, or it cannot be read.
     """
-    with peft.reading(path) if path.is_dir() else native.reading(path) as announced:
+    with _reading(path, Reading()) as announced:
         return announced.contents()
 
 
-def _reading(
-    path: Path, format: ReadFormat, config: LoRAConfig | None, sites: Sites, allow_pickle: bool
-) -> AbstractContextManager[Announced]:
+def _reading(path: Path, how: Reading, sites: Sites | None = None) -> AbstractContextManager[Announced]:
     """Return a context with what a file announces, in whatever format.
 
     Raises:
         MiniLoRAError: when `format` is none that is read, or `config` is given or left out wrongly.
     """
+    format, config = how.format, how.config
     if format not in get_args(ReadFormat):
         raise MiniLoRAError(f"format must be one of {quoted(get_args(ReadFormat))}, not {format!r}")
     if (config is not None) != (format == "loralib"):
@@ -254,12 +241,14 @@ def _reading(
             'config goes with format="loralib", whose files hold neither r nor alpha, and with no other: '
             'minilora.load(model, path, format="loralib", config=LoRAConfig(r=8, alpha=16))'
         )
-    if config is not None:
+    if config is not None and sites is not None:
         return loralib.reading(path, config, sites)
     if format == "adapters":
         return adapters.reading(path)
+    if format == "trainer" or (format == "auto" and trainer.is_checkpoint(path)):
+        return trainer.reading(path)
     if format == "peft" or (format == "auto" and path.is_dir()):
-        return peft.reading(path, sites, allow_pickle=allow_pickle)
+        return peft.reading(path, sites, allow_pickle=how.allow_pickle)
     return native.reading(path)
 
 

@@ -28,21 +28,40 @@ from .tensors import is_finite
 WriteFormat = Literal["minilora", "peft"]
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return what was trained, by the names that `save` writes; detached, sharing memory with the model.
+def adapter_state_dict(model: nn.Module, *, format: WriteFormat = "minilora") -> dict[str, Tensor]:
+    """Return what was trained, by the names that `save` writes.
+
+    Args:
+        model: an injected model.
+        format: "minilora", or "peft" for the tensors of a PEFT folder, to send to a server that has the rest.
+
+    Returns:
+        The tensors, detached. They share memory with the model, but those that PEFT lays out otherwise.
 
     Raises:
-        MiniLoRAError: when the model carries no injection.
+        CheckpointError: when PEFT's format cannot express what the model carries, or a tensor that it would
+            hold is not finite, or has no values (meta).
+        MiniLoRAError: when the model carries no injection, or the format is none.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(4, 2)), "0", minilora.LoRAConfig(r=1))
         >>> list(minilora.adapter_state_dict(model))
         ['0.lora_A', '0.lora_B']
     """
-    return {key: tensor.detach() for key, tensor in saved_tensors(_saveable(require_injected(model))).items()}
+    require_format(format)
+    injected = saveable(require_injected(model))
+    if format == "peft":
+        return peft.composed(contents_of(injected), Sites(model)).tensors
+    return {key: tensor.detach() for key, tensor in saved_tensors(injected).items()}
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat = "minilora") -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    format: WriteFormat = "minilora",
+    portable: bool = False,
+) -> None:
     """Write what was trained, with its configuration and a fingerprint of its base. Inverse: `load`.
 
     "minilora" is one `.safetensors` file. It is written beside its final place, flushed to disk, and then
@@ -60,10 +79,13 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
         path: of the file or the folder; the folder it goes in exists. The mode of a file that is there
             already is kept, and a symbolic link is followed.
         format: "minilora" or "peft".
+        portable: with "peft", write what every server reads alike: the scaling in B, in float32, alpha = r,
+            and one rank for all sites, filled up with zeros to one that vLLM takes. LoRA on linear layers and
+            embeddings alone.
 
     Raises:
-        CheckpointError: when a tensor is not finite, or has no values (meta), or the format cannot express
-            what the model carries; nothing is written.
+        CheckpointError: when a tensor is not finite, or has no values (meta), or the format, or being
+            portable, cannot express what the model carries; nothing is written.
         MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP or `torch.compile`, or
             an argument is wrong.
         OSError: when the file cannot be written; what was there before still is.
@@ -79,10 +101,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     target = path_for(path, model, call="save(model, path)")
-    require_format(format)
+    require_format(format, portable=portable)
     require_unwrapped(model)
     sites = Sites(model)
-    injected = _saveable(sites.injected() or require_injected(model))
+    injected = saveable(sites.injected() or require_injected(model))
     contents = contents_of(injected)
     if thawed := thawed_parameters(model, added_tensors(injected)):
         warnings.warn(
@@ -91,7 +113,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, format: WriteFormat 
             UserWarning,
             stacklevel=2,
         )
-    write(target, contents, sites, format)
+    write(target, contents, sites, format, portable=portable)
 
 
 def _to_save_it(sites: Sites, thawed: Mapping[str, nn.Parameter], limit: int = 8) -> str:
@@ -116,12 +138,14 @@ def _to_save_it(sites: Sites, thawed: Mapping[str, nn.Parameter], limit: int = 8
     )
 
 
-def require_format(format: str) -> None:
-    """Raise for a format that is not written.
+def require_format(format: str, *, portable: bool = False) -> None:
+    """Raise for a format that is not written, or cannot be portable.
 
     Raises:
         MiniLoRAError: naming those that are.
     """
+    if portable and format != "peft":
+        raise MiniLoRAError('portable goes with format="peft", which servers read')
     if format not in get_args(WriteFormat):
         raise MiniLoRAError(f"format must be one of {quoted(get_args(WriteFormat))}, not {format!r}")
 
@@ -144,7 +168,9 @@ def contents_of(injected: Mapping[str, Site]) -> Contents:
     return Contents(Manifest.of(injected), tensors, base=Fingerprint.of(injected))
 
 
-def write(target: Path, contents: Contents, sites: Sites | None, format: WriteFormat) -> None:
+def write(
+    target: Path, contents: Contents, sites: Sites | None, format: WriteFormat, *, portable: bool = False
+) -> None:
     """Write a file in one of the formats.
 
     Args:
@@ -152,18 +178,19 @@ def write(target: Path, contents: Contents, sites: Sites | None, format: WriteFo
         contents: of the file.
         sites: of the model, if there is one, by which PEFT's names are chosen.
         format: as `save` takes it.
+        portable: as `save` takes it.
 
     Raises:
         CheckpointError: when the format cannot express what there is; nothing is written.
         OSError: when the file cannot be written.
     """
     if format == "peft":
-        peft.write(target, contents, sites)
+        peft.write(target, contents, sites, portable=portable)
     else:
         native.write(target, contents)
 
 
-def _saveable(injected: dict[str, Site]) -> dict[str, Site]:
+def saveable(injected: dict[str, Site]) -> dict[str, Site]:
     """Return some sites, or raise where what is trained at one of them has no place in a file of its own.
 
     Raises:

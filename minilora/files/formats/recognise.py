@@ -11,9 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...errors import CheckpointError, quoted
-from ..tensors import MAX_HEADER_BYTES, opened
+from ..tensors import MAX_HEADER_BYTES, opened, read_json
 
 PEFT_CONFIG = "adapter_config.json"
+CHECKPOINT_CONFIG = "config.json"
+ENTRY = "minilora"
+"""Of a model's config.json, in a checkpoint of transformers' Trainer that holds an adapter."""
 
 PICKLE = "a pickle, as torch.save writes it, which can run code when read and is never opened here"
 JSON = "JSON"
@@ -57,16 +60,29 @@ def other_kind(path: Path) -> str | None:
     return JSON if start.lstrip().startswith(b"{") else None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a Trainer's checkpoint whose config says which adapter is in it."""
+    config = path / CHECKPOINT_CONFIG
+    if (path / PEFT_CONFIG).exists() or not config.is_file():
+        return False
+    with contextlib.suppress(CheckpointError):
+        content = read_json(config)
+        return isinstance(content, dict) and ENTRY in content
+    return False
+
+
 def what_it_is(path: Path, names: Iterable[str]) -> str:
     """Return what a safetensors file is by the names of its tensors, and the call that reads it."""
     names = list(names)
     folder = str(path.parent)
+    if is_checkpoint(path.parent):
+        return f"It is part of a Trainer's checkpoint, which is the folder: minilora.load(model, {folder!r})"
     if any(name.startswith("base_model.model.") for name in names):
-        if (path.parent / PEFT_CONFIG).exists():
-            return (
-                f"It has the tensors of a PEFT adapter, which is the folder: minilora.load(model, {folder!r})"
-            )
-        return f"It has the tensors of a PEFT adapter; {PEFT_CONFIG!r}, which belongs to it, is not beside it"
+        beside = (path.parent / PEFT_CONFIG).exists()
+        which = f"which is the folder: minilora.load(model, {folder!r})"
+        return "It has the tensors of a PEFT adapter" + (
+            f", {which}" if beside else f"; {PEFT_CONFIG!r}, which belongs to it, is not beside it"
+        )
     if any(re.search(r"\.(loras|adapters)\.[^.]+\.", name) for name in names):
         return (
             "It has the tensors of the adapters library, whose adapters are folders: "

@@ -13,8 +13,10 @@ header, which PEFT and vLLM do not read.
 
 reader.py     from the two files to what they announce
 writer.py     from an adapter to the files
+portable.py   an adapter of the fewest words, for servers
 config.py     what the config says, and which of its fields can be honoured
 fields.py     a JSON object's fields, each checked as it is taken
+tokens.py     rows of embeddings, trained beside LoRA
 matching.py   PEFT's rules for names, followed to the letter
 task.py       what the config tells of the model
 card.py       README.md
@@ -23,6 +25,6 @@ card.py       README.md
 from .config import CONFIG_FILE
 from .keys import PREFIX
 from .reader import TENSOR_FILE, reading, tensor_file
-from .writer import write
+from .writer import composed, write
 
-__all__ = ["CONFIG_FILE", "PREFIX", "TENSOR_FILE", "reading", "tensor_file", "write"]
+__all__ = ["CONFIG_FILE", "PREFIX", "TENSOR_FILE", "composed", "reading", "tensor_file", "write"]

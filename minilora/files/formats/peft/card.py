@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ....config import LoRAConfig
+from ....config import LoRAConfig, RowsConfig
 from ....manifest import Manifest
 from ....names import generic
 
@@ -82,6 +82,9 @@ def _text(config: Mapping[str, Any], manifest: Manifest) -> Iterator[str]:
             )
             for name, number in _counted(sites):
                 yield f"| `{name}` | {number} | {method} |"
+        elif isinstance(lora, RowsConfig):
+            for name, number in _counted(sites):
+                yield f"| `{name}` | {number} | {len(lora.rows)} rows trained |"
     for name, number in _counted(manifest.trainable):
         yield f"| `{name}` | {number} | trained in full |"
     yield ""

@@ -56,7 +56,7 @@ def _of_embedding(embedding: nn.Embedding) -> str | None:
         return "PEFT renormalises rows of W and of A (max_norm), and here their sum is"
     if embedding.scale_grad_by_freq:
         return "PEFT scales the gradient of A alone by frequency (scale_grad_by_freq)"
-    if not _runs_code_of(embedding, nn.Embedding) and not hasattr(embedding, "embed_scale"):
+    if not runs_code_of(embedding, nn.Embedding) and not hasattr(embedding, "embed_scale"):
         return f"PEFT adds to what {type(embedding).__name__} returns, which is more than a look-up"
     return None
 
@@ -75,12 +75,12 @@ def _of_convolution(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | Non
     if convolution.padding_mode != "zeros" and pads:
         return f"PEFT's A pads with zeros, and the base does not (padding_mode={convolution.padding_mode!r})"
     kind = next(kind for kind in CONVOLUTIONS if isinstance(convolution, kind))
-    if not _runs_code_of(convolution, kind):
+    if not runs_code_of(convolution, kind):
         return f"PEFT adds to what {type(convolution).__name__} returns, which is more than a convolution"
     return None
 
 
-def _runs_code_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+def runs_code_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether calling a module runs the code of a class of torch's, unaltered.
 
     A convolution's forward is one line; what subclasses replace is the method behind it.

@@ -21,6 +21,7 @@ from ....torch_internals import own_parameters
 from . import matching
 from .fields import Fields
 from .matching import Expressions, LooseEnds, NameMatch, PatternValues
+from .tokens import Indices
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -41,8 +42,6 @@ INFORMATIVE = frozenset(
 
 # Why a field that is switched on cannot be honoured.
 REASONS = {
-    "lora_bias": "a bias beside lora_B is not part of minilora's LoRA",
-    "trainable_token_indices": "training single rows of an embedding is not supported",
     "layer_replication": "it changes the architecture of the base",
     "megatron_config": "Megatron's parallel layers are not supported",
     "alora_invocation_tokens": "activated LoRA, which begins at a token, is not supported",
@@ -75,6 +74,7 @@ class PeftLoraConfig:
     lora_dropout: float
     use_rslora: bool
     use_dora: bool
+    lora_bias: bool
     init: str
     """As minilora's `LoRAConfig.init`."""
     bias: str
@@ -90,6 +90,8 @@ class PeftLoraConfig:
     task_type: str | None
     target_parameters: tuple[str, ...]
     """Parameters that LoRA is on, by their full names or whole-segment suffixes of them."""
+    trainable_token_indices: Indices
+    """Rows that are trained, by the ends of modules' names; see `tokens`."""
     peft_version: str | None
     """Of the PEFT that wrote the file; since 0.18."""
 
@@ -115,6 +117,7 @@ class PeftLoraConfig:
             lora_dropout=fields.number("lora_dropout", 0.0),
             use_rslora=fields.flag("use_rslora"),
             use_dora=fields.flag("use_dora"),
+            lora_bias=fields.flag("lora_bias"),
             init=fields.initialisation("init_lora_weights"),
             bias=fields.choice("bias", ("none", "all", "lora_only")),
             fan_in_fan_out=fields.flag("fan_in_fan_out"),
@@ -127,6 +130,7 @@ class PeftLoraConfig:
             modules_to_save=tuple(dict.fromkeys(to_save)),
             task_type=task,
             target_parameters=fields.names("target_parameters"),
+            trainable_token_indices=fields.rows("trainable_token_indices"),
             peft_version=fields.optional_text("peft_version"),
         )
         problems = fields.problems
@@ -137,6 +141,10 @@ class PeftLoraConfig:
             )
         for entry in config.modules_to_save:  # PEFT reads them as regular expressions, too
             fields.require_expression("modules_to_save", entry, matching.around_left_out)
+        if config.lora_bias and config.use_dora:
+            problems.append(
+                "lora_bias: PEFT has none beside use_dora, so no PEFT wrote or reads such an adapter"
+            )
         problems += _refusals(value, known={*cls.__dataclass_fields__, "init_lora_weights"})
         if problems:
             raise CheckpointError(several(problems, outcome="the adapter was not read"))
@@ -207,13 +215,14 @@ class PeftLoraConfig:
         }
 
     def meaning(self, targets: Iterable[str]) -> str:
-        """Return a digest of what the config says of targets: rank, alpha, dropout, how alpha scales, DoRA.
+        """Return a digest of what the config says: rank, alpha, dropout, how alpha scales, variants, rows.
 
         However it says it: an edit of the patterns that comes to the same has the same digest.
         """
         each = [[name, self.rank_of(name), float(self.alpha_of(name))] for name in sorted(targets)]
-        dora = ["dora"] if self.use_dora else []  # so that folders of plain LoRA keep their digest
-        said = json.dumps([each, float(self.lora_dropout), self.use_rslora, *dora])
+        variants = ["dora"] * self.use_dora + ["lora_bias"] * self.lora_bias  # plain LoRA keeps its digest
+        rows = [sorted(self.trainable_token_indices.items())] if self.trainable_token_indices else []
+        said = json.dumps([each, float(self.lora_dropout), self.use_rslora, *variants, *rows])
         return hashlib.sha256(said.encode()).hexdigest()
 
     @cached_property

@@ -87,6 +87,18 @@ class Fields:
         """Take an object of regular expressions and numbers."""
         return self._pattern(name, _is_number, "an object of names and numbers")
 
+    def rows(self, name: str) -> Mapping[str, tuple[int, ...]]:
+        """Take a list of rows, which comes under the name "", or an object of names and such lists."""
+        value = self.values.get(name)
+        named = {"": value} if isinstance(value, list) and value else value or {}
+        if isinstance(named, dict) and all(map(_is_rows, named.values())):
+            return {key: tuple(rows) for key, rows in named.items()}
+        self.problems.append(
+            f"{name}: must be a list of rows, each once and from 0 on, or an object of names and such lists, "
+            f"not {value!r:.100}"
+        )
+        return {}
+
     def initialisation(self, name: str) -> str:
         """Take an initialisation, as minilora names those that leave the base alone."""
         value = self.values.get(name, True)
@@ -129,6 +141,12 @@ def is_integer(value: object) -> bool:
 
 def _is_rank(value: Any) -> bool:
     return is_integer(value) and value > 0
+
+
+def _is_rows(value: object) -> bool:
+    if not isinstance(value, list) or not value or not all(map(is_integer, value)):
+        return False
+    return min(value) >= 0 and len(set(value)) == len(value)
 
 
 def _is_number(value: object) -> bool:

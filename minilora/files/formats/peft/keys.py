@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ....names import above, natural
@@ -11,6 +11,7 @@ from ....problems import Problems
 from ...tensors import Entry
 from .config import PeftLoraConfig
 from .places import without_wrappers
+from .tokens import ROWS_KEY, WHOLE_KEY
 
 PREFIX = "base_model.model."
 
@@ -18,10 +19,12 @@ LORA_KEY = re.compile(r"(?P<path>.+)\.lora_((?P<side>[AB])\.weight|embedding_(?P
 
 MAGNITUDE_KEY = re.compile(r"(?P<path>.+)\.lora_magnitude_vector(\.weight)?", re.DOTALL)
 
+BIAS_KEY = re.compile(r"(?P<path>.+)\.lora_B\.bias", re.DOTALL)
+
 # What other endings of a key give away, the first that fits.
 FOREIGN_KEYS = (
     (MAGNITUDE_KEY, "a magnitude of DoRA, and the config says use_dora=false"),
-    (r"\.lora_B\.bias$", "a bias beside lora_B is not part of minilora's LoRA"),
+    (BIAS_KEY, "a bias of B, and the config says lora_bias=false"),
     (r"\.lora_[AB]\..+\.weight$", "the key carries an adapter's name, which PEFT leaves out when it saves"),
 )
 
@@ -39,6 +42,10 @@ class Found:
     """The paths whose A and B have an embedding's keys."""
     magnitudes: dict[str, Entry] = field(default_factory=dict)
     """DoRA's magnitudes, by the path of the wrapper that has them."""
+    biases_of_B: dict[str, Entry] = field(default_factory=dict)
+    """The biases of B, likewise."""
+    rows: dict[str, Entry] = field(default_factory=dict)
+    """Trained rows of embeddings, by the path of the wrapper that has them."""
     heads: dict[str, dict[str, Entry]] = field(default_factory=dict)
     """The state of modules trained in full, by module."""
     biases: dict[str, Entry] = field(default_factory=dict)
@@ -52,6 +59,23 @@ class Found:
             f"{module}.{name}": entry for module, state in self.heads.items() for name, entry in state.items()
         }
         return heads | self.biases
+
+
+def _beside(name: str, found: Found, config: PeftLoraConfig) -> tuple[dict[str, Entry], str] | None:
+    """Return where a tensor belongs that stands beside A and B, as the config says, and their path."""
+    for said, pattern, paths in (
+        (config.use_dora, MAGNITUDE_KEY, found.magnitudes),
+        (config.lora_bias, BIAS_KEY, found.biases_of_B),
+    ):
+        if said and (match := pattern.fullmatch(name)):
+            return paths, match["path"]
+    return None
+
+
+def _alone(found: Found) -> Iterator[tuple[str, str]]:
+    """Yield the paths that have something beside A and B, and neither of these, with what it is."""
+    for what, paths in (("magnitude of DoRA", found.magnitudes), ("bias of B", found.biases_of_B)):
+        yield from ((path, what) for path in paths.keys() - found.pairs.keys())
 
 
 def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Found, list[str]]:
@@ -69,8 +93,13 @@ def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Fo
             found.pairs.setdefault(lora["path"], {})[lora["side"] or lora["row"]] = entry
             if lora["row"]:
                 found.embeddings.add(lora["path"])
-        elif config.use_dora and (magnitude := MAGNITUDE_KEY.fullmatch(name)):
-            found.magnitudes[magnitude["path"]] = entry
+        elif beside := _beside(name, found, config):
+            paths, path = beside
+            paths[path] = entry
+        elif rows := ROWS_KEY.fullmatch(name):
+            found.rows[rows["path"]] = entry
+        elif whole := WHOLE_KEY.fullmatch(name):
+            found.base[f"{without_wrappers(whole['path'])[0]}.{whole['leaf']}"] = entry
         elif reason := next((why for pattern, why in FOREIGN_KEYS if re.search(pattern, name)), None):
             others.add(key, reason)
         else:
@@ -78,6 +107,6 @@ def sorted_out(entries: Mapping[str, Entry], config: PeftLoraConfig) -> tuple[Fo
             bare = f"{without_wrappers(owner)[0]}.{leaf}".lstrip(".")
             trained = leaf == "bias" and config.bias != "none"
             (found.biases if trained else found.base)[bare] = entry
-    for path in found.magnitudes.keys() - found.pairs.keys():
-        others.add(path, "it has a magnitude of DoRA, and neither A nor B")
+    for path, what in _alone(found):
+        others.add(path, f"it has a {what}, and neither A nor B")
     return found, others.lines() + ([] if found.pairs else ["there is no LoRA tensor in it"])

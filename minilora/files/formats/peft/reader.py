@@ -29,6 +29,7 @@ from .config import CONFIG_FILE, PeftLoraConfig
 from .keys import PREFIX, Found, sorted_out
 from .places import WITHOUT_DROPOUT, Place, within, wrappers_of
 from .resolve import resolve
+from .tokens import key_of, read_tokens
 from .versions import times_added_at_out_proj
 
 TENSOR_FILE = "adapter_model.safetensors"
@@ -92,7 +93,8 @@ def announced(
     at, more = resolve(found, config, sites)
     problems += more
     configs, pairs, more = _configs(found, at, config)
-    if problems := problems + more:
+    tokens, of_tokens = read_tokens(config.trainable_token_indices, found.rows, sites)
+    if problems := problems + more + of_tokens:
         raise CheckpointError(several(problems, outcome=f"{str(path)!r} was not read"))
     places = tuple(at.values())
     targets = [place.target for place in places if place.kind != "attention output"]
@@ -103,15 +105,16 @@ def announced(
             "the adapter again; or, if the edit is meant, write the tensors without that record: f = "
             f"{str(path / TENSOR_FILE)!r}; safetensors.torch.save_file(safetensors.torch.load_file(f), f)"
         )
-    ours = {f"{site}.lora_{side}": entry for site, pair in pairs.items() for side, entry in pair.items()}
+    ours = {f"{site}.lora_{name}": entry for site, own in pairs.items() for name, entry in own.items()}
+    lora = [(configs[site], site) for site in sorted(configs, key=natural)]
     return Announced(
         Manifest(
-            grouped((configs[site], site) for site in sorted(configs, key=natural)),
+            grouped([*lora, *((rows, site) for site, rows in tokens.configs.items())]),
             (*found.heads, *found.biases),
         ),
-        ours | found.ours(),
+        ours | tokens.entries | found.ours(),
         base=native.base_of(metadata) or _layout_only(config, places, found),
-        base_values=found.base,
+        base_values=tokens.compared(found.base, sites),
         disagreements=partial(_disagreements, config, places, found),
         damage=partial(_damage, metadata, places),
         rounds_heads=True,
@@ -132,7 +135,9 @@ def peft_tensors(tensors: Mapping[str, Tensor], places: Iterable[Place]) -> dict
             shape = (1, -1, *(1 for _ in place.packing.kernel)) if place.kind == "convolution" else (-1,)
             path = keys["A"].rpartition(".lora_")[0]
             theirs[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude.view(shape)
-    return theirs | {PREFIX + within(name, wrapped): tensor for name, tensor in rest.items()}
+        if (bias := rest.pop(f"{place.site}.lora_bias", None)) is not None:
+            theirs[PREFIX + keys["B"].removesuffix("weight") + "bias"] = bias
+    return theirs | {PREFIX + key_of(within(name, wrapped)): tensor for name, tensor in rest.items()}
 
 
 def _opened(path: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -188,7 +193,10 @@ def _configs(
         if (rank := ours["A"].shape[-2]) != r:
             problems.add(place.site, f"the config gives it rank {r}, its tensors have rank {rank}")
             continue
-        if problem := _add_magnitude(ours, path, place, found, config):
+        problem = _add_magnitude(ours, path, place, found, config) or _add_bias(
+            ours, path, place, found, config
+        )
+        if problem:
             problems.add(place.site, problem)
             continue
         twice = place.kind == "attention output"
@@ -201,6 +209,7 @@ def _configs(
                 dropout=0.0 if place.kind in WITHOUT_DROPOUT else config.lora_dropout,
                 rslora=config.use_rslora,
                 dora=config.use_dora,
+                lora_bias=config.lora_bias,
                 init=config.init,  # type: ignore[arg-type]
                 dtype=torch.float64 if wide else None,
             )
@@ -223,6 +232,23 @@ def _add_magnitude(
     if (outputs := math.prod(entry.shape)) != pair["B"].shape[-2]:
         return f"use_dora: lora_magnitude_vector has {outputs} values, and B {pair['B'].shape[-2]} outputs"
     pair["magnitude"] = Entry(entry.dtype, (outputs,), lambda: entry.read().reshape(-1))
+    return None
+
+
+def _add_bias(
+    pair: dict[str, Entry], path: str, place: Place, found: Found, config: PeftLoraConfig
+) -> str | None:
+    """Add the bias of B to A and B where the config says so, and return what is wrong with it."""
+    if not config.lora_bias:
+        return None
+    if place.kind not in ("linear", "convolution"):
+        return (
+            "lora_bias: PEFT has it for linear layers and convolutions; in attention it has no effect or no "
+            "gradient there"
+        )
+    if (entry := found.biases_of_B.get(path)) is None:
+        return "lora_bias: no lora_B.bias in the file"
+    pair["bias"] = entry
     return None
 
 

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ....config import RowsConfig
 from ....names import ends, natural
 from ....sites import Sites
 from ...contents import Contents
 from .places import Place
 from .placing import Configs
 from .task import auto_mapping
+from .tokens import indices_of
 from .versions import WRITTEN_AS
 
 
@@ -24,6 +26,7 @@ def worded(
     *,
     bias: str,
     heads: Iterable[str],
+    rows: Mapping[str, RowsConfig],
 ) -> dict[str, Any]:
     """Return the JSON of `adapter_config.json`, without a task.
 
@@ -34,6 +37,7 @@ def worded(
         sites: of the model, or None.
         bias: which biases are trained, by PEFT's word.
         heads: modules trained in full.
+        rows: trained, by site.
     """
     said = {place.target: configs[place.site] for place in places if place.kind != "attention output"}
     ranks = {target: config.r for target, config in said.items()}
@@ -42,7 +46,7 @@ def worded(
     parameters = sorted((p.target for p in places if p.kind == "parameter"), key=natural)
     transposed = contents.base.transposed if contents.base else frozenset()
     linear = {place.site for place in places if place.kind == "linear"}
-    first = next(iter(configs.values()))
+    first, inits = next(iter(configs.values())), {config.init for config in configs.values()}
     name = getattr(sites.model, "name_or_path", None) if sites is not None else None
     config = {
         "peft_type": "LORA",
@@ -56,9 +60,10 @@ def worded(
         "lora_dropout": max(config.dropout for config in configs.values()),
         "use_rslora": first.rslora,
         "use_dora": first.dora,
-        "init_lora_weights": True if first.init == "kaiming" else first.init,
+        # How A and B began changes nothing any more; and PEFT takes no other word beside a bias of B.
+        "init_lora_weights": "gaussian" if inits == {"gaussian"} and not first.lora_bias else True,
         "bias": bias,
-        "lora_bias": False,
+        "lora_bias": first.lora_bias,
         "fan_in_fan_out": bool(transposed & linear),
         "target_modules": _target_names(modules, sites),
         "exclude_modules": None,
@@ -68,6 +73,8 @@ def worded(
         "alpha_pattern": _patterns(alphas),
         "modules_to_save": list(heads) or None,
     }
+    if rows:
+        config["trainable_token_indices"] = indices_of(rows)
     if parameters:
         config["target_parameters"] = parameters
     if any(place.kind in ("parameter", "attention output") for place in places):

@@ -6,32 +6,34 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ....config import LoRAConfig
+from ....config import Config, LoRAConfig, RowsConfig
 from ....errors import CheckpointError, several
-from ....initial import change_since
 from ....manifest import Manifest
 from ....names import above, described, natural
 from ....sites import Sites
+from ....variants.initial import change_since
 from ...atomic import new_folder, write_together, write_whole
 from ...contents import Contents
-from ...tensors import Entry, chunks_of, entries_of
+from ...tensors import chunks_of, entries_of
 from .. import native
 from .card import CARD_FILE, may_be_replaced, model_card
 from .config import CONFIG_FILE, PeftLoraConfig
 from .matching import Expressions, LooseEnds, around_left_out, expression_problem, inner_parts
 from .places import WITHOUT_DROPOUT, Place
 from .placing import Configs, as_read, placed
+from .portable import made_portable, not_portable
 from .reader import MEANING_KEY, TENSOR_FILE, announced, peft_tensors, trained_biases
 from .task import task_of
 from .wording import worded
 
 
-def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
+def write(path: Path, contents: Contents, sites: Sites | None = None, *, portable: bool = False) -> None:
     """Write a folder that PEFT and vLLM load. Inverse: `reading`.
 
     Args:
@@ -40,12 +42,52 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         contents: LoRA sites and modules trained in full; PEFT has no bottleneck adapters.
         sites: of the model that carries them. They are needed for target names shorter than full ones, and to
             know that PEFT's patterns will match nothing else; None goes by the names alone.
+        portable: write what every server reads alike, as `portable` has it.
 
     Raises:
-        CheckpointError: listing what PEFT's format cannot express; nothing is written.
+        CheckpointError: listing what PEFT's format cannot express, or no server takes; nothing is written.
         OSError: when the folder cannot be written.
     """
+    made = composed(contents, sites, path, portable=portable)
+    files: dict[str, Iterable[bytes | bytearray]] = {
+        TENSOR_FILE: chunks_of(entries_of(made.tensors), made.metadata)
+    }
+    if may_be_replaced(path / CARD_FILE):
+        files[CARD_FILE] = [model_card(made.config, made.manifest).encode()]
+    files[CONFIG_FILE] = [json.dumps(made.config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
+    if path.is_dir():
+        write_together(path, files)
+    else:
+        with new_folder(path) as folder:
+            for name, chunks in files.items():
+                write_whole(folder / name, chunks)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What stands in the files of a PEFT folder."""
+
+    tensors: dict[str, Tensor]
+    """By PEFT's names."""
+    metadata: dict[str, str]
+    """Of the tensors' header."""
+    config: dict[str, Any]
+    """The JSON of `adapter_config.json`."""
+    manifest: Manifest
+    """What was asked for, as PEFT knows it."""
+
+
+def composed(
+    contents: Contents, sites: Sites | None, path: Path = Path("adapter"), *, portable: bool = False
+) -> Composed:
+    """Return what `write` writes; the arguments are its own, the path for messages.
+
+    Raises:
+        CheckpointError: listing what PEFT's format cannot express.
+    """
     contents = _without_starts(contents)
+    if portable:
+        contents = made_portable(contents)
     configs: Configs = {
         site: config
         for config, names in contents.manifest.injections
@@ -56,17 +98,25 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
     places, problems = placed(configs, layers, sites)
     parameters = _trained_parameters(contents.manifest.trainable, sites)
     heads = tuple(name for name in contents.manifest.trainable if name not in parameters)
+    rows = _rows(contents.manifest)
     bias, more = _bias(parameters, places, sites, heads)
     problems = [*_inexpressible(contents.manifest, heads, places), *problems, *more]
+    if rows and sites is None:
+        problems.append(
+            f"{described(rows)}: which modules share trained rows depends on the model: load it into the "
+            'model, then minilora.save(model, folder, format="peft")'
+        )
     if sites is not None and not problems:
         problems += _caught_otherwise(
-            {p.module for p in places if p.kind != "attention output"}, heads, sites
+            {p.module for p in places if p.kind != "attention output"}, rows, heads, sites
         )
     if problems:
         raise CheckpointError(several(problems, outcome="nothing has been written"))
     tensors = peft_tensors({**contents.tensors, **_frozen_but_caught(heads, sites)}, places)
-    config = worded(contents, places, configs, sites, bias=bias, heads=heads)
-    expected = as_read(places, configs)
+    config = worded(contents, places, configs, sites, bias=bias, heads=heads, rows=rows)
+    if portable and (problems := list(not_portable(places, config["target_modules"]))):
+        raise CheckpointError(several(problems, outcome="nothing has been written"))
+    expected: dict[str, Config] = {**as_read(places, configs), **rows}
     if problems := _said_otherwise(path, config, tensors, expected, sites):
         raise CheckpointError(several(problems, outcome="nothing has been written"))
     if sites is not None and (task := task_of(sites.model)) is not None:
@@ -77,17 +127,7 @@ def write(path: Path, contents: Contents, sites: Sites | None = None) -> None:
         place.target for place in places if place.kind != "attention output"
     )
     metadata = native.header(tensors, {MEANING_KEY: meaning}, contents.base)
-    entries: dict[str, Entry] = entries_of(tensors)
-    files: dict[str, Iterable[bytes | bytearray]] = {TENSOR_FILE: chunks_of(entries, metadata)}
-    if may_be_replaced(path / CARD_FILE):
-        files[CARD_FILE] = [model_card(config, contents.manifest).encode()]
-    files[CONFIG_FILE] = [json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
-    if path.is_dir():
-        write_together(path, files)
-    else:
-        with new_folder(path) as folder:
-            for name, chunks in files.items():
-                write_whole(folder / name, chunks)
+    return Composed(tensors, metadata, config, contents.manifest)
 
 
 def _without_starts(contents: Contents) -> Contents:
@@ -115,7 +155,7 @@ def _said_otherwise(
     path: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    expected: Configs,
+    expected: Mapping[str, Config],
     sites: Sites | None,
 ) -> list[str]:
     """Return where the files, read by PEFT's rules, would say something else than what is written."""
@@ -129,7 +169,7 @@ def _said_otherwise(
         for site in found.keys() | expected.keys()
         if site not in found
         or site not in expected
-        or found[site] != dataclasses.replace(expected[site], dtype=found[site].dtype)
+        or found[site] != _as_in_files(expected[site], found[site])
     ]
     problems = read.disagreements(sites) if sites is not None else []
     if wrong:
@@ -137,6 +177,12 @@ def _said_otherwise(
             f"{described(sorted(wrong, key=natural))}: PEFT's patterns would say something else of it"
         )
     return problems
+
+
+def _as_in_files(written: Config, read: Config) -> Config:
+    """Return a config as the files give it back: what A and B are, and not how they began."""
+    began = {"init": read.init} if isinstance(read, LoRAConfig) and isinstance(written, LoRAConfig) else {}
+    return dataclasses.replace(written, dtype=read.dtype, **began)
 
 
 def _inexpressible(manifest: Manifest, heads: Iterable[str], places: Iterable[Place]) -> Iterator[str]:
@@ -148,7 +194,7 @@ def _inexpressible(manifest: Manifest, heads: Iterable[str], places: Iterable[Pl
         if isinstance(config, LoRAConfig)
     }
     for config, sites in manifest.injections:
-        if not isinstance(config, LoRAConfig):
+        if not isinstance(config, (LoRAConfig, RowsConfig)):
             yield (
                 f"{described(sites)}: PEFT has no bottleneck adapters; save this model in minilora's "
                 "own format"
@@ -159,11 +205,18 @@ def _inexpressible(manifest: Manifest, heads: Iterable[str], places: Iterable[Pl
         if problem := expression_problem(name, around_left_out):
             yield f"{name!r}: PEFT takes it for an expression among modules_to_save, and as such it {problem}"
     dropping = [configs[place.site] for place in places if place.kind not in WITHOUT_DROPOUT]
-    for field in ("dropout", "rslora", "dora", "init"):
+    for field in ("dropout", "rslora", "dora", "lora_bias"):
         concerned = dropping if field == "dropout" else configs.values()
         if len(values := {getattr(config, field) for config in concerned}) > 1:
             shown = ", ".join(sorted(map(repr, values)))
             yield f"{field}: PEFT has one value for all sites, and here are {shown}"
+
+
+def _rows(manifest: Manifest) -> dict[str, RowsConfig]:
+    """Return the configs of trained rows, by site."""
+    return {
+        s: config for config, sites in manifest.injections for s in sites if isinstance(config, RowsConfig)
+    }
 
 
 def _trained_parameters(names: Iterable[str], sites: Sites | None) -> list[str]:
@@ -187,9 +240,11 @@ def _bias(
     ]
 
 
-def _caught_otherwise(injected: set[str], heads: Sequence[str], sites: Sites) -> Iterator[str]:
+def _caught_otherwise(
+    injected: set[str], rows: Collection[str], heads: Sequence[str], sites: Sites
+) -> Iterator[str]:
     """Yield where PEFT, by its own rules of matching, would adapt other modules than these."""
-    if shared := sites.shared() & {*injected, *heads}:
+    if shared := sites.shared() & {*injected, *rows, *heads}:
         yield f"{described(sorted(shared))}: shared by several parents; PEFT would adapt the first alone"
     expressions = Expressions(heads, around_left_out, inner_parts)
     left_out: dict[str, list[str]] = {}
@@ -201,11 +256,11 @@ def _caught_otherwise(injected: set[str], heads: Sequence[str], sites: Sites) ->
     loose = LooseEnds(heads)
     caught = {name: [head for head in loose.of(name) if head != name] for name in sites}
     caught = {name: by for name, by in caught.items() if by}
-    outer = {name for inner in (*injected, *heads, *caught) for name in above(inner)}
+    outer = {name for inner in (*injected, *rows, *heads, *caught) for name in above(inner)}
     found: dict[str, list[str]] = {}
     for name, by in caught.items():
         for head in by:
-            if name in injected or name in outer or head in above(name):
+            if name in injected or name in rows or name in outer or head in above(name):
                 found.setdefault(head, []).append(name)
     for head, names in found.items():
         yield (f"{described(names)}: PEFT would train it in full along with {head!r}, whose end its name has")

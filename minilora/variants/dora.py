@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .linear import call_problem, plain_weight
+from .. import functional
+from ..linear import call_problem, plain_weight
 
 
 def direction(
@@ -48,7 +48,7 @@ def effective_weight(
         dtype: of the result; None means the weight's.
     """
     V = direction(weight, lora_A, lora_B, scaling, transposed=transposed)
-    c = factors(magnitude, _lengths(V, transposed))
+    c = factors(magnitude, lengths(V, transposed))
     return (along(c, V, int(transposed)) * V).to(dtype or weight.dtype)
 
 
@@ -68,10 +68,11 @@ def norms(
     Returns:
         (out,), in float32 at least, without a gradient.
     """
-    return _lengths(direction(weight, lora_A, lora_B, scaling, transposed=transposed), transposed)
+    return lengths(direction(weight, lora_A, lora_B, scaling, transposed=transposed), transposed)
 
 
-def _lengths(V: Tensor, transposed: bool) -> Tensor:
+def lengths(V: Tensor, transposed: bool) -> Tensor:
+    """Return the norm of each output's weights, (out,), as a constant."""
     found: Tensor = V.norm(dim=0) if transposed else V.flatten(1).norm(dim=1)
     return found.detach()  # which forward-mode differentiation heeds; for it no_grad does not suffice
 

@@ -18,9 +18,9 @@ import math
 import torch
 from torch import Tensor
 
-from .config import LoRAConfig
-from .errors import TargetError
-from .layout import Layout
+from ..config import LoRAConfig
+from ..errors import TargetError
+from ..layout import Layout
 
 
 def initial_values(

@@ -1,0 +1,122 @@
+"""Plain LoRA on a linear layer in the weight form, forward and backward, as a pure function of tensors.
+
+    W_eff = W + s B A    (out, in)     y = x W_eff^T + b
+
+    dx = g W_eff     dA = s (g B)^T x     dB = s g^T (x A^T)     db = sum over tokens of g
+
+The notation is that of `functional`. The (out, in) gradient of the weight is never needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import compute_dtype, effective_weight, without_autocast
+
+
+def effective_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Return x W_eff^T + b: the weight form, with W_eff built for this call alone.
+
+    The same bits as a merged layer gives. The weight is taken as frozen: it gets no gradient.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), or (in, out) where `transposed`.
+        bias: (out,) or None.
+        lora_A: (r, in).
+        lora_B: (out, r).
+        scaling: the factor s.
+        transposed: whether the weight is stored as (in, out).
+
+    Returns:
+        (..., out), in `compute_dtype(x)`; differentiable, to any order, in x, A, B and the bias.
+    """
+    dtype = compute_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.no_grad():  # its share of the gradient is in the backward below
+        w_eff = effective_weight(weight, lora_A, lora_B, scaling, transposed=transposed, dtype=dtype)
+    arguments = (x.to(dtype), w_eff, bias, weight, lora_A, lora_B, scaling, transposed)
+    return _EffectiveLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    """The weight form with its own backward.
+
+    In full precision W_eff is not kept for the backward, which builds it again: an (out, in) tensor for
+    each layer would be a second copy of the model. Under autocast it is kept, since it has half the size,
+    and autograd would keep as much of the bare layer: the rounded copy of W.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w_eff: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        transposed: bool,
+    ) -> Tensor:
+        return F.linear(x, w_eff.T if transposed else w_eff, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w_eff, _, weight, lora_A, lora_B, ctx.scaling, ctx.transposed = inputs
+        kept = w_eff if w_eff.dtype.itemsize < weight.dtype.itemsize else None
+        ctx.save_for_backward(x, kept, weight, lora_A, lora_B)
+        ctx.save_for_forward(x, w_eff, lora_A, lora_B)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        """Forward mode: dy = dx W_eff^T + s (x dA^T) B^T + s (x A^T) dB^T."""
+        x, w_eff, lora_A, lora_B = ctx.saved_tensors
+        dx, _, db, _, dA, dB, _, _ = tangents
+        parts = []
+        if dx is not None:
+            parts.append(F.linear(dx, w_eff.T if ctx.transposed else w_eff))
+        if dA is not None:
+            parts.append(F.linear(F.linear(x, dA.to(x.dtype)), lora_B.to(x.dtype)) * ctx.scaling)
+        if dB is not None:
+            parts.append(F.linear(F.linear(x, lora_A.to(x.dtype)), dB.to(x.dtype)) * ctx.scaling)
+        if db is not None:
+            parts.append(db.expand(*x.shape[:-1], -1))
+        return sum(parts[1:], parts[0]) if parts else None
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_eff, weight, lora_A, lora_B = ctx.saved_tensors
+        s, transposed = ctx.scaling, ctx.transposed
+        needs_x, needs_b, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 2, 4, 5))
+        dx = db = dA = dB = None
+        with without_autocast(g):
+            if needs_x:
+                if w_eff is None or torch.is_grad_enabled():  # a second derivative goes through A and B
+                    w_eff = effective_weight(weight, lora_A, lora_B, s, transposed=transposed, dtype=g.dtype)
+                dx = g @ (w_eff.T if transposed else w_eff)
+            # The products over all tokens keep the long side contiguous: (r, n) instead of (n, r).
+            g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+            if needs_b:
+                db = g_rows.sum(0)
+            if needs_A:
+                gB = lora_B.to(g.dtype).T @ g_rows.T  # (r, n)
+                dA = (gB @ x_rows).to(lora_A.dtype) * s
+            if needs_B:
+                h = lora_A.to(g.dtype) @ x_rows.T  # (r, n)
+                dB = (h @ g_rows).to(lora_B.dtype).T * s
+        return dx, None, db, None, dA, dB, None, None

@@ -1,0 +1,313 @@
+"""Write every measured figure of README.md and docs/results.md: python scripts/make_results.py.
+
+A page says where a block of figures stands, between `<!-- figures: NAME -->` and `<!-- end -->`; what stands
+there comes from the files under docs/results/ and benchmarks/results/ that the examples and the benchmarks
+wrote. With `--check` nothing is written, and the exit code says whether anything would be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+RUNS = ROOT / "docs" / "results"
+BENCHMARKS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NOT_MEASURED = "not measured"
+
+
+def run(name: str) -> dict[str, Any]:
+    """The record of one run, as an example script wrote it: `docs/results/<name>.json`."""
+    return _read(RUNS / f"{name}.json")
+
+
+def benchmark(name: str) -> dict[str, Any]:
+    """The newest result of one benchmark: `benchmarks/results/<date>-<name>.json`."""
+    found = sorted(BENCHMARKS.glob(f"????-??-??-{name}.json"))
+    if not found:
+        raise SystemExit(f"no {name} in {BENCHMARKS}")
+    return _read(found[-1])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+# The fine-tunes
+
+
+def sweep(name: str) -> str:
+    """A sweep, best first by what was held out."""
+    runs = run(name)["runs"]
+    varied = list(runs[0]["options"])
+    lines = [
+        [
+            *each["options"].values(),
+            f"{each['train_loss'][-1]:.4f}",
+            f"{each['held_out_loss'][-1]:.4f}",
+            f"{each['held_out_accuracy'][-1]:.4f}",
+        ]
+        for each in sorted(runs, key=lambda each: -each["held_out_accuracy"][-1])
+    ]
+    counts = runs[0]["examples"]
+    header = [*varied, "training loss", "held-out loss", f"held out ({counts['held_out']:,})"]
+    return grid(header, lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation; one value alone has no spread."""
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def parity_accuracies() -> str:
+    """SST-2 with both libraries: every seed, then mean and standard deviation."""
+    content = benchmark("parity-cpu")
+    seeds, counts = content["seeds"], content["facts"]["examples"]
+    lines = []
+    for seed in seeds:
+        for name, curve in seed["curves"].items():
+            last = seed["final"][name]
+            loss = statistics.mean(curve[-(len(curve) // content["recipe"]["epochs"]) :])
+            accuracies = [f"{last[split]['accuracy']:.4f}" for split in ("held_out", "reported")]
+            lines.append([str(seed["seed"]), name, f"{loss:.4f}", *accuracies])
+    for name in seeds[0]["curves"] if len(seeds) > 1 else ():
+        values = [
+            spread([seed["final"][name][split]["accuracy"] for seed in seeds])
+            for split in ("held_out", "reported")
+        ]
+        lines.append(["mean ± standard deviation", name, "", *values])
+    return grid(["seed", "library", "training loss, last epoch", *_splits(counts)], lines)
+
+
+def parity_gaps() -> str:
+    """How far the two curves come apart, and what a step costs."""
+    lines = [
+        [
+            str(seed["seed"]),
+            f"{seed['first_gap']:.1e}",
+            f"{seed['largest_gap']:.1e}",
+            "{1:.3f} ({0:.3f} to {2:.3f})".format(*seed["ratio"]),
+        ]
+        for seed in benchmark("parity-cpu")["seeds"]
+    ]
+    header = [
+        "seed",
+        "largest gap between two losses of a step, first 20 steps",
+        "all steps",
+        "time of a step, minilora / PEFT, median (quartiles)",
+    ]
+    return grid(header, lines)
+
+
+def imdb() -> str:
+    """IMDB with each method."""
+    lines = []
+    for method in ("lora", "adapter", "both"):
+        content = run(f"imdb-minilm-{method}")
+        final = content["final"]
+        lines.append(
+            [
+                method,
+                f"{content['parameters']['trainable']:,}",
+                f"{content['data']['examples']['train']:,}",
+                f"{content['epochs'][-1]['train_loss']:.4f}",
+                f"{final['held_out']['accuracy']:.4f}",
+                f"{final['reported']['accuracy']:.4f} ({content['data']['examples']['reported']:,})",
+            ]
+        )
+    return grid(["method", "trainable", "reviews", "training loss, epoch 3", "held out", "test"], lines)
+
+
+def full_sst2() -> str:
+    """SST-2 in full: one run, epoch by epoch."""
+    content = run("sst2-minilm-lora")
+    counts = content["data"]["examples"]
+    lines = [
+        [
+            str(epoch["epoch"]),
+            f"{epoch['train_loss']:.4f}",
+            f"{epoch['held_out']['accuracy']:.4f}",
+            f"{epoch['reported']['accuracy']:.4f}",
+        ]
+        for epoch in content["epochs"]
+    ]
+    header = ["after epoch", "training loss"]
+    return grid([*header, *_splits(counts)], lines) + "\n" + facts(content)
+
+
+def facts(content: dict[str, Any]) -> str:
+    """What else the record of a run says: parameters, the checks, the software."""
+    parameters, checks = content["parameters"], content["checks"]
+    share = 100 * parameters["trainable"] / parameters["base"]
+    told = [
+        f"trained: {parameters['trainable']:,} of {parameters['base']:,} parameters, {share:.2g} %",
+        *(
+            f"{name}: {check['differ']} of {checks['examples']} predictions differ, largest difference "
+            f"between logits {check['largest_difference']:.1e}"
+            for name, check in checks.items()
+            if isinstance(check, dict)
+        ),
+        f"gradients clipped to norm {norm:g}"
+        if (norm := content["arguments"].get("max_grad_norm"))
+        else "gradients not clipped",
+        ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
+    ]
+    return "".join(f"- {line}\n" for line in told)
+
+
+def _splits(counts: dict[str, int]) -> list[str]:
+    return [f"held out ({counts['held_out']:,})", f"GLUE validation ({counts['reported']:,})"]
+
+
+def fine_tunes() -> str:
+    """README: what the two fine-tunes gave."""
+    lines = []
+    parity = benchmark("parity-cpu")
+    counts = parity["facts"]["examples"]
+
+    def accuracy(name: str) -> str:
+        held_out, reported = (
+            spread([seed["final"][name][split]["accuracy"] for seed in parity["seeds"]])
+            for split in ("held_out", "reported")
+        )
+        return f"{held_out} held out, {reported} validation"
+
+    seeds = f"{len(parity['seeds'])} seeds" if len(parity["seeds"]) > 1 else "one seed"
+    lines.append(
+        [
+            f"SST-2, {counts['train']:,} sentences, LoRA, {seeds}",
+            f"{parity['facts']['trainable']:,}",
+            accuracy("minilora"),
+            accuracy("PEFT"),
+        ]
+    )
+    full = run("sst2-minilm-lora")
+    both = (full["final"][split]["accuracy"] for split in ("held_out", "reported"))
+    lines.append(
+        [
+            f"SST-2 in full, {full['data']['examples']['train']:,} sentences, LoRA, one seed",
+            f"{full['parameters']['trainable']:,}",
+            "{:.4f} held out, {:.4f} validation".format(*both),
+            NOT_MEASURED,
+        ]
+    )
+    for method, title in {"lora": "LoRA", "adapter": "bottleneck adapters", "both": "both"}.items():
+        content = run(f"imdb-minilm-{method}")
+        examples = content["data"]["examples"]
+        lines.append(
+            [
+                f"IMDB, {examples['train']:,} reviews, {title}, one seed",
+                f"{content['parameters']['trainable']:,}",
+                f"{content['final']['reported']['accuracy']:.4f} test ({examples['reported']:,})",
+                NOT_MEASURED,
+            ]
+        )
+    lines.append(["bert-base-uncased", "148,994", NOT_MEASURED, NOT_MEASURED])
+    return grid(["fine-tune of all-MiniLM-L6-v2", "trainable", "accuracy", "PEFT, same batches"], lines)
+
+
+# The benchmarks
+
+
+def ratio(content: dict[str, Any], name: str, *, title: Sequence[str], point: str | None = None) -> str:
+    """The median ratio of one row, in the table whose title has all these parts."""
+    for table in content["tables"]:
+        if all(part in table["title"] for part in title):
+            for row in table["rows"]:
+                if row["name"] == name and row["point"] == point:
+                    return f"{row['ratio']['median']:.2f}"
+    raise SystemExit(f"{content['benchmark']}: no row {name!r}, {point!r}, in a table of {title}")
+
+
+def speeds() -> str:
+    """README: time against the bound, beside PEFT."""
+    lines = []
+    training, inference = benchmark("train_speed-cpu"), benchmark("merge_speed-cpu")
+    overhead = benchmark("overhead-cpu")
+    for precision, words in (("fp32", "fp32"), ("bf16-autocast", "bf16 autocast")):
+        for targets, sites in (("all-linear", "every linear layer"), ("qv", "query + value")):
+            title = (f", {targets},", precision)
+            pair = (ratio(training, name, title=title) for name in ("minilora", "PEFT"))
+            lines.append([f"training step, {sites}, {words}; x frozen base", *pair])
+    for form, words in (("unmerged", "unmerged"), ("merged", "merged")):
+        pair = (ratio(inference, f"{name} {form}", title=("forward",)) for name in ("minilora", "PEFT"))
+        lines.append([f"inference, {words}; x bare model", *pair])
+    fused = ratio(inference, "minilora fused to bf16", title=("forward",))
+    lines.append(["inference, fused to bf16; x bare float32 model", fused, "-"])
+    imports = {row["name"]: row.get("added") for row in overhead["tables"][0]["rows"]}
+    lines.append(
+        [
+            "import, on top of torch, seconds",
+            *(f"{imports[f'+ {name}']:+.2f}" for name in ("minilora", "PEFT")),
+        ]
+    )
+    operations = ("inject", "load", "merge")
+    ours = (ratio(overhead, "minilora", title=("all-linear",), point=operation) for operation in operations)
+    lines.append([f"{' / '.join(operations)}, every linear layer; x PEFT", " / ".join(ours), "1"])
+    lines.append(["GPU", NOT_MEASURED, NOT_MEASURED])
+    threads = training["environment"]["threads"]
+    peft = training["environment"]["versions"]["peft"]
+    return grid([f"speed, {threads} CPU cores", "minilora", f"PEFT {peft}"], lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "fine-tunes": fine_tunes,
+    "speeds": speeds,
+    "sst2-in-full": full_sst2,
+    "sst2-sweep": lambda: sweep("sst2-sweep"),
+    "parity-accuracies": parity_accuracies,
+    "parity-gaps": parity_gaps,
+    "imdb": imdb,
+}
+
+
+def filled(page: str) -> str:
+    """The page with every block of figures written anew.
+
+    Raises:
+        SystemExit: There is no such block.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        if found[2] not in BLOCKS:
+            raise SystemExit(f"no block {found[2]!r}; there are: {', '.join(BLOCKS)}")
+        return f"{found[1]}\n{BLOCKS[found[2]]()}\n{found[3]}"
+
+    return BLOCK.sub(block, page)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the pages, or say which are out of date. Returns the exit code."""
+    stale = 0
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if after == before:
+            continue
+        stale += 1
+        if argv == ["--check"]:
+            print(f"{path.relative_to(ROOT)} has other figures than the files it names; run make results")
+        else:
+            path.write_text(after, encoding="utf-8")
+            print(f"Written: {path.relative_to(ROOT)}")
+    return int(argv == ["--check"] and stale > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""The figures of README and docs are those of the files that the runs wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def make_results() -> ModuleType:
+    path = ROOT / "scripts" / "make_results.py"
+    if not path.exists():
+        pytest.skip("the scripts are not there")
+    spec = importlib.util.spec_from_file_location("make_results", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_figure_was_typed_by_hand(make_results: ModuleType) -> None:
+    for page in make_results.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert make_results.filled(text) == text, f"{page.name}: run `make results`"
+    assert make_results.main(["--check"]) == 0
+
+
+def test_another_figure_is_seen_and_written_over(
+    make_results: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = tmp_path / "page.md"
+    right = make_results.filled("before\n\n<!-- figures: speeds -->\n0.5 times\n<!-- end -->\n\nafter\n")
+    assert "0.5 times" not in right
+    assert right.startswith("before\n")
+    assert right.endswith("\nafter\n")
+    page.write_text(right.replace("| 1.", "| 0."), encoding="utf-8")
+    monkeypatch.setattr(make_results, "PAGES", [page])
+    monkeypatch.setattr(make_results, "ROOT", tmp_path)
+    assert make_results.main(["--check"]) == 1
+    assert "make results" in capsys.readouterr().out
+    assert make_results.main([]) == 0
+    assert page.read_text(encoding="utf-8") == right
+    assert make_results.main(["--check"]) == 0
+    with pytest.raises(SystemExit, match=r"no block 'speed'; there are: .*speeds"):
+        make_results.filled("<!-- figures: speed -->\n<!-- end -->")
