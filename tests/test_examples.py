@@ -203,7 +203,7 @@ def test_what_is_measured_before_changes_nothing(
     assert results[0].read_bytes() == results[1].read_bytes()
 
 
-@pytest.mark.parametrize(("steps_per_epoch", "epochs"), [(1, 200), (19, 11), (45, 5), (67, 3), (1895, 3)])
+@pytest.mark.parametrize(("steps_per_epoch", "epochs"), [(1, 120), (19, 7), (39, 4), (45, 3), (1895, 3)])
 def test_few_examples_are_given_more_epochs(
     steps_per_epoch: int, epochs: int, example: Callable[[str], ModuleType]
 ) -> None:

@@ -13,7 +13,7 @@ from finetune.sources import DEFAULT_MODEL, PACKAGED_MODEL, PACKAGED_MODEL_INSTA
 Number = TypeVar("Number", int, float)
 
 EPOCHS = 3
-ENOUGH_STEPS = 200  # fewer leave a classifier near guessing, at these learning rates
+ENOUGH_STEPS = 120  # far fewer leave a classifier near guessing, at these learning rates
 
 NOT_GIVEN = object()
 
