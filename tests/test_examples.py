@@ -241,6 +241,8 @@ def test_a_decoder_learns_to_answer(
     script, writing, folder = example("generate"), example("finetune.writing"), tmp_path / "results"
     few = writing.Text(writing.film_sentences().train[:60], writing.film_sentences().held_out[:20])
     monkeypatch.setattr(script, "film_sentences", lambda: few)
+    talk = writing.Text(writing.film_questions().train[:90], writing.film_questions().held_out)
+    monkeypatch.setattr(script, "film_questions", lambda: talk)
     monkeypatch.setattr(script, "ASKED", 2)
     run = ["--pretraining", "1", "--epochs", "2", "--rank", "2", "--output", str(folder)]
     assert script.main(run) == 0
