@@ -119,7 +119,9 @@ class Fusion:
             transposed = site in self.placement.transposed
             added_to = partial(self.placement.updates[site].added_to, tensor, transposed=transposed)
             made = added_to(dtype=dtype)
-            self.lost[site] = share_lost(tensor, added_to(dtype=exact_dtype(tensor)), dtype)
+            exact = exact_dtype(tensor)
+            # In the dtype that it is formed in nothing is rounded, and it need not be formed again.
+            self.lost[site] = 0.0 if dtype == exact else share_lost(tensor, added_to(dtype=exact), dtype)
         if not is_finite(made) and (lost := int((torch.isfinite(tensor) & ~torch.isfinite(made)).sum())):
             raise CheckpointError(
                 f"{name!r}: {lost} of {made.numel()} values are too large for {_short(dtype)}; nothing has "

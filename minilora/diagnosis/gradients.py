@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import MiniLoRAError, quoted
 from ..module import InjectedModule
-from ..names import lies_within
+from ..names import outermost_of
 from ..problems import Problems
 from ..sites import require_injected, require_unwrapped
 
@@ -56,8 +56,7 @@ def check_gradients(model: nn.Module) -> list[str]:
         for wrapper in site.wrappers:
             if wrapper.trains:
                 place = wrapper.placed_at(name)
-                inside = any(lies_within(place, each) for each in checkpointed)
-                for problem in _problems(wrapper, inside):
+                for problem in _problems(wrapper, outermost_of(place, checkpointed) is not None):
                     problems.add(place, problem)
     return problems.lines()
 
@@ -105,7 +104,7 @@ def _idle_experts(gradients: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"no token reached the experts {', '.join(map(str, idle))} of {len(reached)}"
 
 
-def _checkpointed(model: nn.Module) -> list[str]:
+def _checkpointed(model: nn.Module) -> set[str]:
     """Return the names of the modules that transformers was told to checkpoint."""
     modules = model.named_modules()
-    return [name for name, module in modules if getattr(module, "gradient_checkpointing", False) is True]
+    return {name for name, module in modules if getattr(module, "gradient_checkpointing", False) is True}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..functional import compute_dtype, without_autocast
 from . import dora
+from .plain_linear import gradient_of_A, gradient_of_B, parts_of_tangent
 
 
 def magnitude_linear(
@@ -95,13 +96,8 @@ class _MagnitudeLinear(torch.autograd.Function):
         """Forward mode: dy = c (dx V^T + s (x dA^T) B^T + s (x A^T) dB^T) + (dm / n) (z - b)."""
         x, V, n, bias, lora_A, lora_B, magnitude, z = ctx.saved_tensors
         dx, _, _, db, dA, dB, dm, _, _, _ = tangents
-        c, parts = dora.factors(magnitude, n), []
-        if dx is not None:
-            parts.append(c * F.linear(dx, V.T if ctx.transposed else V))
-        if dA is not None:
-            parts.append(c * F.linear(F.linear(x, dA.to(x.dtype)), lora_B.to(x.dtype)) * ctx.scaling)
-        if dB is not None:
-            parts.append(c * F.linear(F.linear(x, lora_A.to(x.dtype)), dB.to(x.dtype)) * ctx.scaling)
+        c, W = dora.factors(magnitude, n), V.T if ctx.transposed else V
+        parts = [c * part for part in parts_of_tangent(x, W, lora_A, lora_B, ctx.scaling, (dx, dA, dB))]
         if dm is not None:
             parts.append(dora.factors(dm, n) * (z if bias is None else z - bias))
         if db is not None:
@@ -125,11 +121,9 @@ class _MagnitudeLinear(torch.autograd.Function):
             if needs_b:
                 db = g_rows.sum(0)
             if needs_A:
-                gB = (c[:, None] * lora_B).to(g.dtype).T @ g_rows.T  # (r, n)
-                dA = (gB @ x_rows).to(lora_A.dtype) * s
+                dA = gradient_of_A(g_rows, x_rows, lora_A, c[:, None] * lora_B) * s
             if needs_B:
-                h = lora_A.to(g.dtype) @ x_rows.T  # (r, n)
-                dB = (h @ g_rows).to(lora_B.dtype).T * (c[:, None] * s)
+                dB = gradient_of_B(g_rows, x_rows, lora_A, lora_B) * (c[:, None] * s)
             if needs_m:
                 z = F.linear(x, V.T if transposed else V, bias) if again else z
                 z = z if bias is None else z - bias  # first, so that an output of zeros has none

@@ -9,6 +9,7 @@ The notation is that of `functional`. The (out, in) gradient of the weight is ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,13 +88,8 @@ class _EffectiveLinear(torch.autograd.Function):
         """Forward mode: dy = dx W_eff^T + s (x dA^T) B^T + s (x A^T) dB^T."""
         x, w_eff, lora_A, lora_B = ctx.saved_tensors
         dx, _, db, _, dA, dB, _, _ = tangents
-        parts = []
-        if dx is not None:
-            parts.append(F.linear(dx, w_eff.T if ctx.transposed else w_eff))
-        if dA is not None:
-            parts.append(F.linear(F.linear(x, dA.to(x.dtype)), lora_B.to(x.dtype)) * ctx.scaling)
-        if dB is not None:
-            parts.append(F.linear(F.linear(x, lora_A.to(x.dtype)), dB.to(x.dtype)) * ctx.scaling)
+        W = w_eff.T if ctx.transposed else w_eff
+        parts = parts_of_tangent(x, W, lora_A, lora_B, ctx.scaling, (dx, dA, dB))
         if db is not None:
             parts.append(db.expand(*x.shape[:-1], -1))
         return sum(parts[1:], parts[0]) if parts else None
@@ -109,14 +105,50 @@ class _EffectiveLinear(torch.autograd.Function):
                 if w_eff is None or torch.is_grad_enabled():  # a second derivative goes through A and B
                     w_eff = effective_weight(weight, lora_A, lora_B, s, transposed=transposed, dtype=g.dtype)
                 dx = g @ (w_eff.T if transposed else w_eff)
-            # The products over all tokens keep the long side contiguous: (r, n) instead of (n, r).
             g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
             if needs_b:
                 db = g_rows.sum(0)
             if needs_A:
-                gB = lora_B.to(g.dtype).T @ g_rows.T  # (r, n)
-                dA = (gB @ x_rows).to(lora_A.dtype) * s
+                dA = gradient_of_A(g_rows, x_rows, lora_A, lora_B) * s
             if needs_B:
-                h = lora_A.to(g.dtype) @ x_rows.T  # (r, n)
-                dB = (h @ g_rows).to(lora_B.dtype).T * s
+                dB = gradient_of_B(g_rows, x_rows, lora_A, lora_B) * s
         return dx, None, db, None, dA, dB, None, None
+
+
+def parts_of_tangent(
+    x: Tensor, W: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, tangents: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Return what each tangent adds to dy = dx W^T + s (x dA^T) B^T + s (x A^T) dB^T, those of x, A and B.
+
+    Args:
+        x: (..., in).
+        W: (out, in), what x is multiplied with.
+        lora_A: (r, in).
+        lora_B: (out, r).
+        scaling: the factor s.
+        tangents: of x, A and B; None where there is none.
+    """
+    dx, dA, dB = tangents
+    parts = []
+    if dx is not None:
+        parts.append(F.linear(dx, W))
+    if dA is not None:
+        parts.append(F.linear(F.linear(x, dA.to(x.dtype)), lora_B.to(x.dtype)) * scaling)
+    if dB is not None:
+        parts.append(F.linear(F.linear(x, lora_A.to(x.dtype)), dB.to(x.dtype)) * scaling)
+    return parts
+
+
+# The products over all tokens keep the long side contiguous: (r, n) instead of (n, r).
+
+
+def gradient_of_A(g: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Return (g B)^T x in A's dtype; g is (n, out) and x (n, in)."""
+    gB = lora_B.to(g.dtype).T @ g.T  # (r, n)
+    return (gB @ x).to(lora_A.dtype)
+
+
+def gradient_of_B(g: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """Return g^T (x A^T) in B's dtype; g is (n, out) and x (n, in)."""
+    h = lora_A.to(g.dtype) @ x.T  # (r, n)
+    return (h @ g).to(lora_B.dtype).T
