@@ -46,7 +46,7 @@ docs: $(VENV)/.docs  ## Build the documentation into site/
 	$(RUN) -m sphinx -q --fail-on-warning -d build/doctrees docs site
 	@echo "Read site/index.html"
 
-results: $(VENV)/.made  ## Write the measured figures of README and docs from the files of the runs
+results: $(VENV)/.test  ## Write the measured figures of README and docs from the files of the runs
 	$(RUN) scripts/make_results.py $(ARGS)
 
 clean:  ## Remove caches and build output (rm -r .venv removes the environment)

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # whose tables some of these are,
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # and whose others
+
+import sweep
+from bench.markdown import grid
+from bench.parity import SPLITS, Parity, accuracies, accuracy, gaps
+from bench.unmeasured import NOT_MEASURED
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 RUNS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NOT_MEASURED = "not measured"
 
 
 def run(name: str) -> dict[str, Any]:
@@ -29,11 +35,16 @@ def run(name: str) -> dict[str, Any]:
 
 
 def benchmark(name: str) -> dict[str, Any]:
-    """The newest result of one benchmark: `benchmarks/results/<date>-<name>.json`."""
+    """The newest result of one benchmark."""
+    return _read(newest(name))
+
+
+def newest(name: str) -> Path:
+    """Where it stands: `benchmarks/results/<date>-<name>.json`."""
     found = sorted(BENCHMARKS.glob(f"????-??-??-{name}.json"))
     if not found:
         raise SystemExit(f"no {name} in {BENCHMARKS}")
-    return _read(found[-1])
+    return found[-1]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -41,78 +52,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
 # The fine-tunes
 
 
-def sweep(name: str) -> str:
-    """A sweep, best first by what was held out."""
-    runs = run(name)["runs"]
-    varied = list(runs[0]["options"])
-    lines = [
-        [
-            *each["options"].values(),
-            f"{each['train_loss'][-1]:.4f}",
-            f"{each['held_out_loss'][-1]:.4f}",
-            f"{each['held_out_accuracy'][-1]:.4f}",
-        ]
-        for each in sorted(runs, key=lambda each: -each["held_out_accuracy"][-1])
-    ]
-    counts = runs[0]["examples"]
-    header = [*varied, "training loss", "held-out loss", f"held out ({counts['held_out']:,})"]
-    return grid(header, lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation; one value alone has no spread."""
-    if len(values) == 1:
-        return f"{values[0]:.4f}"
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
-
-
-def parity_accuracies() -> str:
-    """SST-2 with both libraries: every seed, then mean and standard deviation."""
-    content = benchmark("parity-cpu")
-    seeds, counts = content["seeds"], content["facts"]["examples"]
-    lines = []
-    for seed in seeds:
-        for name, curve in seed["curves"].items():
-            last = seed["final"][name]
-            loss = statistics.mean(curve[-(len(curve) // content["recipe"]["epochs"]) :])
-            accuracies = [f"{last[split]['accuracy']:.4f}" for split in ("held_out", "reported")]
-            lines.append([str(seed["seed"]), name, f"{loss:.4f}", *accuracies])
-    for name in seeds[0]["curves"] if len(seeds) > 1 else ():
-        values = [
-            spread([seed["final"][name][split]["accuracy"] for seed in seeds])
-            for split in ("held_out", "reported")
-        ]
-        lines.append(["mean ± standard deviation", name, "", *values])
-    return grid(["seed", "library", "training loss, last epoch", *_splits(counts)], lines)
-
-
-def parity_gaps() -> str:
-    """How far the two curves come apart, and what a step costs."""
-    lines = [
-        [
-            str(seed["seed"]),
-            f"{seed['first_gap']:.1e}",
-            f"{seed['largest_gap']:.1e}",
-            "{1:.3f} ({0:.3f} to {2:.3f})".format(*seed["ratio"]),
-        ]
-        for seed in benchmark("parity-cpu")["seeds"]
-    ]
-    header = [
-        "seed",
-        "largest gap between two losses of a step, first 20 steps",
-        "all steps",
-        "time of a step, minilora / PEFT, median (quartiles)",
-    ]
-    return grid(header, lines)
+def parity() -> Parity:
+    """The newest run of both libraries side by side."""
+    return Parity.read(newest("parity-cpu"))
 
 
 def imdb() -> str:
@@ -148,7 +93,8 @@ def full_sst2() -> str:
         for epoch in content["epochs"]
     ]
     header = ["after epoch", "training loss"]
-    return grid([*header, *_splits(counts)], lines) + "\n" + facts(content)
+    splits = (f"{words} ({counts[split]:,})" for split, words in SPLITS.items())
+    return f"{grid([*header, *splits], lines)}\n\n{facts(content)}"
 
 
 def facts(content: dict[str, Any]) -> str:
@@ -168,42 +114,29 @@ def facts(content: dict[str, Any]) -> str:
         else "gradients not clipped",
         ", ".join(f"{name} {version}" for name, version in content["versions"].items()),
     ]
-    return "".join(f"- {line}\n" for line in told)
-
-
-def _splits(counts: dict[str, int]) -> list[str]:
-    return [f"held out ({counts['held_out']:,})", f"GLUE validation ({counts['reported']:,})"]
+    return "\n".join(f"- {line}" for line in told)
 
 
 def fine_tunes() -> str:
     """README: what the two fine-tunes gave."""
-    lines = []
-    parity = benchmark("parity-cpu")
-    counts = parity["facts"]["examples"]
-
-    def accuracy(name: str) -> str:
-        held_out, reported = (
-            spread([seed["final"][name][split]["accuracy"] for seed in parity["seeds"]])
-            for split in ("held_out", "reported")
-        )
-        return f"{held_out} held out, {reported} validation"
-
-    seeds = f"{len(parity['seeds'])} seeds" if len(parity["seeds"]) > 1 else "one seed"
-    lines.append(
+    both = parity()
+    seeds = f"{len(both.seeds)} seeds" if len(both.seeds) > 1 else "one seed"
+    lines = [
         [
-            f"SST-2, {counts['train']:,} sentences, LoRA, {seeds}",
-            f"{parity['facts']['trainable']:,}",
-            accuracy("minilora"),
-            accuracy("PEFT"),
+            f"SST-2, {both.facts['examples']['train']:,} sentences, LoRA, {seeds}",
+            f"{both.facts['trainable']:,}",
+            *(
+                ", ".join(f"{accuracy(both, name, split)} {words}" for split, words in SPLITS.items())
+                for name in ("minilora", "PEFT")
+            ),
         ]
-    )
+    ]
     full = run("sst2-minilm-lora")
-    both = (full["final"][split]["accuracy"] for split in ("held_out", "reported"))
     lines.append(
         [
             f"SST-2 in full, {full['data']['examples']['train']:,} sentences, LoRA, one seed",
             f"{full['parameters']['trainable']:,}",
-            "{:.4f} held out, {:.4f} validation".format(*both),
+            ", ".join(f"{full['final'][split]['accuracy']:.4f} {words}" for split, words in SPLITS.items()),
             NOT_MEASURED,
         ]
     )
@@ -270,9 +203,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fine-tunes": fine_tunes,
     "speeds": speeds,
     "sst2-in-full": full_sst2,
-    "sst2-sweep": lambda: sweep("sst2-sweep"),
-    "parity-accuracies": parity_accuracies,
-    "parity-gaps": parity_gaps,
+    "sst2-sweep": lambda: sweep.table(run("sst2-sweep")["runs"]),
+    "parity-accuracies": lambda: accuracies(parity()),
+    "parity-gaps": lambda: gaps(parity()),
     "imdb": imdb,
 }
 
@@ -287,7 +220,7 @@ def filled(page: str) -> str:
     def block(found: re.Match[str]) -> str:
         if found[2] not in BLOCKS:
             raise SystemExit(f"no block {found[2]!r}; there are: {', '.join(BLOCKS)}")
-        return f"{found[1]}\n{BLOCKS[found[2]]()}\n{found[3]}"
+        return f"{found[1]}\n{BLOCKS[found[2]]()}\n\n{found[3]}"
 
     return BLOCK.sub(block, page)
 

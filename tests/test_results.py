@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +14,11 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def make_results() -> ModuleType:
+def make_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The script; of what it imports from benchmarks and examples no trace is left."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
     path = ROOT / "scripts" / "make_results.py"
     if not path.exists():
         pytest.skip("the scripts are not there")
@@ -21,7 +27,10 @@ def make_results() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("bench", "finetune", "sweep"):
+            del sys.modules[name]
 
 
 def test_no_figure_was_typed_by_hand(make_results: ModuleType) -> None:
@@ -42,7 +51,7 @@ def test_another_figure_is_seen_and_written_over(
     assert "0.5 times" not in right
     assert right.startswith("before\n")
     assert right.endswith("\nafter\n")
-    page.write_text(right.replace("| 1.", "| 0."), encoding="utf-8")
+    page.write_text(right.replace(" 1.", " 0."), encoding="utf-8")
     monkeypatch.setattr(make_results, "PAGES", [page])
     monkeypatch.setattr(make_results, "ROOT", tmp_path)
     assert make_results.main(["--check"]) == 1

@@ -16,7 +16,7 @@ from .markdown import grid
 from .plots import DPI, WIDTH, colour
 
 WINDOW = 20  # steps in each mean of a kept curve
-SPLITS = ("held_out", "reported")
+SPLITS = {"held_out": "held out", "reported": "validation"}  # as tables name them
 
 
 @dataclass(kw_only=True)
@@ -92,8 +92,15 @@ class Parity:
 
 
 def parity_text(parity: Parity) -> str:
-    """Return accuracies, their mean and spread, gaps and times, as Markdown."""
-    header = ["seed", "library", "training loss, last epoch", "held out", "validation", "seconds of training"]
+    """Return what was run, and the two tables, as Markdown."""
+    facts = "\n".join(
+        f"- {name}: {value}" for name, value in {**parity.facts, "recipe": parity.recipe}.items()
+    )
+    return f"# parity\n\n{facts}\n\n{accuracies(parity)}\n\n{gaps(parity)}\n"
+
+
+def accuracies(parity: Parity) -> str:
+    """Return every seed with both libraries, then their means, as a Markdown table."""
     lines = [
         [
             str(seed.seed),
@@ -105,11 +112,18 @@ def parity_text(parity: Parity) -> str:
         for seed in parity.seeds
         for name in seed.curves
     ]
-    names = list(parity.seeds[0].curves)
-    for name in names:
-        spreads = (mean_and_spread(parity, name, split) for split in SPLITS)
-        lines.append(["mean", name, "", *(f"{mean:.4f} ± {spread:.4f}" for mean, spread in spreads), ""])
-    gaps = [
+    if len(parity.seeds) > 1:
+        for name in parity.seeds[0].curves:
+            spreads = (accuracy(parity, name, split) for split in SPLITS)
+            lines.append(["mean ± standard deviation", name, "", *spreads, ""])
+    counts = parity.facts["examples"]
+    splits = (f"{words} ({counts[split]:,})" for split, words in SPLITS.items())
+    return grid(["seed", "library", "training loss, last epoch", *splits, "seconds of training"], lines)
+
+
+def gaps(parity: Parity) -> str:
+    """Return how far the two curves come apart, and what a step costs, as a Markdown table."""
+    lines = [
         [
             str(seed.seed),
             f"{seed.first_gap:.1e}",
@@ -119,17 +133,14 @@ def parity_text(parity: Parity) -> str:
         ]
         for seed in parity.seeds
     ]
-    gap_header = [
+    header = [
         "seed",
         f"largest gap of a step's loss, first {WINDOW} steps",
         "over all steps",
         f"means of {WINDOW} steps",
-        f"time of a step, {names[0]} / {names[1]}: median (quartiles)",
+        f"time of a step, {' / '.join(parity.seeds[0].curves)}: median (quartiles)",
     ]
-    facts = "\n".join(
-        f"- {name}: {value}" for name, value in {**parity.facts, "recipe": parity.recipe}.items()
-    )
-    return f"# parity\n\n{facts}\n\n{grid(header, lines)}\n\n{grid(gap_header, gaps)}\n"
+    return grid(header, lines)
 
 
 def last_epoch_loss(parity: Parity, seed: Seed, name: str) -> float:
@@ -138,10 +149,11 @@ def last_epoch_loss(parity: Parity, seed: Seed, name: str) -> float:
     return statistics.mean(curve[-(len(curve) // parity.recipe["epochs"]) :])
 
 
-def mean_and_spread(parity: Parity, name: str, split: str) -> tuple[float, float]:
-    """Return the mean accuracy over the seeds and its standard deviation (0 for one seed)."""
+def accuracy(parity: Parity, name: str, split: str) -> str:
+    """Return the mean over the seeds with its standard deviation, which one seed does not have."""
     values = [seed.final[name][split]["accuracy"] for seed in parity.seeds]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def draw_parity(parity: Parity) -> Figure:
