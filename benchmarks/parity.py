@@ -29,22 +29,21 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from bench.arguments import positive
 from bench.machine import describe_environment
 from bench.parity import Parity, Seed, draw_parity, parity_text
 from bench.reports import RESULTS
-from finetune.arguments import EPOCHS, argument_parser
+from finetune.arguments import EPOCHS, argument_parser, positive_float, positive_int, seed_number
 from finetune.batches import Batches, make_batches
 from finetune.evaluation import evaluate
 from finetune.progress import follow
 from finetune.sources import Sources, open_sources
 from peft import PeftModel
+from sst2 import DATA, MAX_LENGTH
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 import minilora
 
-DATA, MAX_LENGTH = "nyu-mll/glue:sst2", 128  # of examples/sst2.py
 LIBRARIES = ("minilora", "PEFT")
 RECIPE = (
     "epochs",
@@ -116,7 +115,7 @@ def contestants(
 def run_seed(args: argparse.Namespace, seed: int, accelerator: Accelerator) -> tuple[Seed, dict[str, Any]]:
     """Train both from one seed. Return what came of it, and what it was run on."""
     args.seed = seed
-    sources = open_sources(args, accelerator, data="nyu-mll/glue:sst2")
+    sources = open_sources(args, accelerator, data=DATA)
     batches = make_batches(sources, args, accelerator, report=["validation"])
     steps = args.epochs * len(batches.train)
     both = contestants(sources, args, steps, accelerator.device)
@@ -161,12 +160,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="as for examples/sst2.py (default: its default)")
     parser.add_argument("--data", help="folder or hub name of the data set (default: GLUE SST-2)")
-    parser.add_argument("--limit", type=positive, help="train and evaluate on this many examples at most")
-    parser.add_argument("--epochs", type=positive, help=f"(default: {EPOCHS})")
-    parser.add_argument("--batch-size", type=positive, help="(default: the recipe's)")
-    parser.add_argument("--lr", type=float, help="(default: the recipe's)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's choice)")
+    parser.add_argument("--limit", type=positive_int, help="train and evaluate on this many examples at most")
+    parser.add_argument("--epochs", type=positive_int, help=f"(default: {EPOCHS})")
+    parser.add_argument("--batch-size", type=positive_int, help="(default: the recipe's)")
+    parser.add_argument("--lr", type=positive_float, help="(default: the recipe's)")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=positive_int, help="of the CPU (default: torch's choice)")
     parser.add_argument("--output", type=Path, help="where to write the .json, .md and .png")
     recipe = argument_parser("sst2", None, data=DATA, max_length=MAX_LENGTH).parse_args(
         [f"--epochs={EPOCHS}"]  # however few the examples are

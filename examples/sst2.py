@@ -35,6 +35,7 @@ import minilora
 from minilora import LoRAConfig
 
 DATA = "nyu-mll/glue:sst2"  # name on the hub, and configuration
+MAX_LENGTH = 128  # tokens
 SENTENCES = (
     "A quiet, generous film that earns every one of its tears.",
     "Two hours of noise in search of a single idea.",
@@ -114,7 +115,7 @@ def fine_tune(run: runs.Run) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example and returns its exit code."""
-    parser = argument_parser("sst2", __doc__, data=DATA, max_length=128)
+    parser = argument_parser("sst2", __doc__, data=DATA, max_length=MAX_LENGTH)
     return runs.start(fine_tune, "sst2", "SST-2", parse(parser, argv))
 
 

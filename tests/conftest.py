@@ -12,6 +12,14 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def accelerate_anew() -> None:
+    """accelerate keeps its settings for the life of a process; here a test begins without any."""
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+
+
+@pytest.fixture
 def file(tmp_path: Path) -> Path:
     """Return an adapter of BERT with random values."""
     from command_line import trained

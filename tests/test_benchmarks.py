@@ -40,7 +40,7 @@ def script():
     finally:
         sys.path.remove(str(FOLDER))
         for name in list(sys.modules):
-            if name.partition(".")[0] in ("bench", "finetune", *SCRIPTS):
+            if name.partition(".")[0] in ("bench", "finetune", "sst2", *SCRIPTS):
                 del sys.modules[name]
         os.environ.clear()
         os.environ.update(environment)
@@ -515,13 +515,10 @@ def test_loss_curves(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not installed("PEFT"), reason="PEFT is not installed")
-def test_parity(script, tmp_path, monkeypatch, capsys):
+def test_parity(script, tmp_path, monkeypatch, capsys, accelerate_anew):
     datasets = pytest.importorskip("datasets")
-    state = pytest.importorskip("accelerate.state")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(sys, "path", [*sys.path])  # to which it adds the examples
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.GradientState._reset_state()
     model, data = tiny_bert(tmp_path / "model", ["good", "bad", "very", "so"]), tmp_path / "data"
     data.mkdir()
     rows = [

@@ -24,20 +24,15 @@ import minilora
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
-accelerate_state = pytest.importorskip("accelerate.state")
+pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+
+pytestmark = pytest.mark.usefixtures("accelerate_anew")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAMPLE = EXAMPLES / "data" / "movie_sentences"
 TINY_RUN = ["--limit", "24", "--epochs", "2", "--batch-size", "8"]
-
-
-@pytest.fixture(autouse=True)
-def _a_process_of_its_own() -> None:
-    """accelerate keeps its settings for the life of a process; here each run shall begin without any."""
-    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate_state.GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

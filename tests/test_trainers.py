@@ -20,17 +20,15 @@ import minilora
 from minilora import AdapterConfig, CheckpointError, LoRAConfig, MiniLoRAError, RowsConfig
 
 transformers = pytest.importorskip("transformers")
-accelerate_state = pytest.importorskip("accelerate.state")
+pytest.importorskip("accelerate")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 STEPS = 4
 
 
 @pytest.fixture(autouse=True)
-def _a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate keeps its settings for the life of a process, and transformers its logger to itself."""
-    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate_state.GradientState._reset_state()
+def _heard(accelerate_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps its logger to itself."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
 
 

@@ -16,19 +16,15 @@ trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
-accelerate_state = pytest.importorskip("accelerate.state")
+pytest.importorskip("accelerate")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("accelerate_anew"),
+]
 
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefgh"]
-
-
-@pytest.fixture(autouse=True)
-def _a_process_of_its_own() -> None:
-    """accelerate keeps its settings for the life of a process."""
-    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate_state.GradientState._reset_state()
 
 
 def llama() -> nn.Module:
