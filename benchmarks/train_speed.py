@@ -3,6 +3,7 @@
     python benchmarks/train_speed.py                        # 4 layers of BERT-base, 16 x 128, fp32 and bf16
     python benchmarks/train_speed.py --sweep rank           # how the cost grows: one curve per contestant
     python benchmarks/train_speed.py --dora                 # DoRA, against LoRA
+    python benchmarks/train_speed.py --model minilm --data FOLDER --batch 32 --rank 4 --dropout 0.1    # SST-2
     python benchmarks/train_speed.py --device cuda --layers 12 --batch 32
     python benchmarks/train_speed.py --device cuda --model llama-1b --batch 4 --length 512
 
@@ -23,6 +24,7 @@ from bench.loads import AXES, Load
 from bench.memory import peak_memory, resident_memory
 from bench.methods import DORA_METHODS, TRAINING_METHODS, TrainingMethod
 from bench.reports import finish
+from bench.sentences import sentence_batches
 from bench.setups import (
     PRECISIONS,
     TARGETS,
@@ -55,15 +57,18 @@ class TrainingStep:
         self.setup = setup
         self.model = method(setup.build(), setup).train()
         self.call: Callable[..., Any] = setup.compile(self.model) if load.compiled else self.model
-        self.batch = setup.training_batch(load.batch, load.length)
+        self.batches = load.batches()
+        self.steps = 0
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE)
 
     def run(self) -> torch.Tensor:
         """Take one step, and return the loss before it."""
+        batch = self.batches[self.steps % len(self.batches)]
+        self.steps += 1
         self.setup.begin_step()
         with self.setup.autocast(training=True):
-            loss = self.call(**self.batch).loss
+            loss = self.call(**batch).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -74,7 +79,9 @@ class TrainingStep:
         states = self.optimizer.state.values()
         in_optimizer = [value for state in states for value in state.values() if torch.is_tensor(value)]
         weights = [*self.model.parameters(), *self.model.buffers()]
-        resident = resident_memory([*weights, *in_optimizer, *self.batch.values()])
+        inputs = [value for batch in self.batches for value in batch.values()]
+        resident = resident_memory([*weights, *in_optimizer, *inputs])
+        self.steps = 0  # all contestants on the same batch
         return resident + peak_memory(self.run, self.setup.device)
 
 
@@ -153,6 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind.add_argument("--sweep", choices=list(AXES), help="measure along this axis instead of at one point")
     kind.add_argument("--dora", action="store_true", help="measure DoRA, against LoRA")
     parser.add_argument("--compile", action="store_true", help="torch.compile every contestant")
+    parser.add_argument(
+        "--data", help="for --model minilm: train on the sentences of this folder, as examples/sst2.py does"
+    )
     args = start(parser, argv)
     if args.quick:
         shrink(args)
@@ -163,20 +173,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.precision = (
             ["bf16-autocast"] if on_cuda else ["fp32"] if args.sweep else ["fp32", "bf16-autocast"]
         )
+    if args.data and (args.model != "minilm" or args.sweep):
+        parser.error("--data: its sentences are cut into tokens for --model minilm, and not swept")
+    sentences = sentence_batches(args.data, args.batch, args.seed) if args.data else ()
     tables = []
     for precision in args.precision:
         for targets in args.targets:
             setup = setup_from(
                 args, targets=targets, precision=precision, layers=args.layers, dropout=args.dropout
             )
-            load = Load(setup=setup, batch=args.batch, length=args.length, compiled=args.compile)
+            load = Load(
+                setup=setup,
+                batch=args.batch,
+                length=args.length,
+                compiled=args.compile,
+                sentences=sentences,
+            )
             print(load.title, flush=True)
             tables.append(
                 sweep(load, args.sweep, rounds=args.rounds, quick=args.quick)
                 if args.sweep
                 else table(load, rounds=args.rounds, dora=args.dora)
             )
-    finish("train_speed", args, tables, variant=args.sweep or ("dora" if args.dora else ""))
+    finish(
+        "train_speed",
+        args,
+        tables,
+        variant=args.sweep or ("dora" if args.dora else "sentences" if args.data else ""),
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`LoRALinear`: the fast path of `LoRA` for linear layers, quantised ones included.
 
-It calls the base as it is and adds the low-rank product, or, where that moves less memory, computes with
-W_eff formed for the call (`functional` tells when). A quantised layer has no weight to substitute, and needs
-none here.
+Where the base's call does nothing but y = x W^T + b, the layer computes in its stead, with a backward of its
+own: in the weight form or in the delta form, whichever moves less memory (`functional` tells). Else, and
+while torch.compile is tracing, it calls the base as it is and adds the low-rank product. A quantised layer
+has no weight to substitute, and needs none here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -22,7 +22,9 @@ from .linear import call_problem, computes_plainly, is_plain, linear_shape
 from .lora import LoRA
 from .module import InjectedModule, bare_module
 from .torch_internals import AttentionOutput, is_compiling, own_tensors
+from .variants.delta_linear import delta_linear
 from .variants.dora_linear import magnitude_linear
+from .variants.dropout import dropped
 from .variants.plain_linear import effective_linear
 
 
@@ -68,26 +70,27 @@ class LoRALinear(LoRA):
         if self.merged or not self.enabled:
             self.require_unmerged_to_train()
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
-        if len(args) == 1 and not kwargs and self._takes_weight_form(args[0]):
-            return self._in_weight_form(args[0])
+        dropout = self.config.dropout if self.training else 0.0
+        if len(args) == 1 and not kwargs and self._can_stand_in(args[0]):
+            return self._in_its_stead(args[0], dropout)
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
-        x = args[0] if args else next(iter(kwargs.values()))
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropped(args[0] if args else next(iter(kwargs.values())), dropout)
         bias = self.lora_bias if self.config.lora_bias else None
         return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling, bias))  # type: ignore[no-any-return]
 
-    def _in_weight_form(self, x: Tensor) -> Tensor:
-        weight, (A, B), transposed = self.unmerged_weight(), self.factors(), self.layout.transposed
-        if self.config.dora:
-            m = self.lora_magnitude
-            return magnitude_linear(x, weight, self.bias, A, B, self.scaling, m, transposed=transposed)
-        return effective_linear(x, weight, self.bias, A, B, self.scaling, transposed=transposed)
+    def _can_stand_in(self, x: Tensor) -> bool:
+        # In 16 bits b + s beta would be rounded, and small changes with it.
+        rounded = self.config.lora_bias and self.unmerged_weight().dtype.itemsize == 2
+        return can_stand_in(self.base, x) and not rounded
 
-    def _takes_weight_form(self, x: Tensor) -> bool:
-        """Return whether W_eff may stand for the base's own call here, and is the cheaper way."""
-        if self.training and self.config.dropout:
-            return False
-        return fits_weight_form(self.base, x, self.out_features, self.in_features)
+    def _in_its_stead(self, x: Tensor, dropout: float) -> Tensor:
+        weight, transposed = self.unmerged_weight(), self.layout.transposed
+        known = x, weight, self.bias, *self.factors(), self.scaling
+        if dropout or not takes_weight_form(x, weight.dtype, self.layout):
+            return self.rescaled(delta_linear(*known, transposed=transposed, dropout=dropout))  # type: ignore[no-any-return]
+        if self.config.dora:
+            return magnitude_linear(*known, self.lora_magnitude, transposed=transposed)
+        return effective_linear(*known, transposed=transposed)
 
     @property
     def weight(self) -> Tensor:
@@ -127,27 +130,32 @@ class LoRALinear(LoRA):
         )
 
 
-def fits_weight_form(layer: nn.Module, x: Tensor, out_features: int, in_features: int) -> bool:
-    """Return whether a linear layer called with W_eff in W's place does what is meant, and more cheaply.
+def can_stand_in(layer: nn.Module, x: Tensor) -> bool:
+    """Return whether y = x W^T + b, by functions of our own, does what a call of the layer does.
 
     Args:
-        layer: unmerged.
+        layer: linear, unmerged.
         x: (..., in), which it would be called with.
-        out_features: of the layer.
-        in_features: of the layer.
     """
-    # A choice by the number of tokens would be a graph for each side of it, at every layer shape.
-    if is_compiling() or x.is_nested:
-        return False
-    if not prefers_weight_form(x.numel() // in_features, out_features, in_features):
-        return False
-    if not computes_plainly(layer):
+    # Choosing by the number of tokens would be a graph for each side of it, at every layer shape.
+    if is_compiling() or x.is_nested or not computes_plainly(layer):
         return False
     weight, bias = own_tensors(layer)["weight"], own_tensors(layer).get("bias")
-    return (
-        # In 16 bits W_eff would round small updates away; under autocast W itself is still whole.
-        weight.dtype in (torch.float32, torch.float64)
-        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-        # The weight form has no gradient for what somebody has thawed.
-        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    )
+    same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    # Those functions have no gradient for what somebody has thawed.
+    return same and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def takes_weight_form(x: Tensor, dtype: torch.dtype, layout: Layout) -> bool:
+    """Return whether the weight form loses nothing and is the cheaper one.
+
+    In 16 bits W_eff would round small updates away; under autocast W itself is still whole.
+
+    Args:
+        x: (..., in), which the layer would be called with.
+        dtype: of its weight.
+        layout: of its weight.
+    """
+    tokens = x.numel() // layout.inputs
+    whole = dtype in (torch.float32, torch.float64)
+    return whole and prefers_weight_form(tokens, layout.outputs, layout.inputs)

@@ -119,3 +119,8 @@ def in_backward() -> bool:
 def is_compiling() -> bool:
     """Return whether `torch.compile` or `torch.export` is tracing."""
     return torch.compiler.is_compiling()
+
+
+def is_transforming() -> bool:
+    """Return whether a transformation of `torch.func` is at work: `vmap`, `grad`, `jvp`."""
+    return torch._C._are_functorch_transforms_active()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import add_low_rank, sum_with_product
+from .variants.dropout import dropped
 
 
 class Owner(Protocol):
@@ -108,7 +109,7 @@ class EffectiveWeight:
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return x as the low-rank path sees it: with dropout, while training."""
-        return F.dropout(x, self.dropout) if self.dropout else x
+        return dropped(x, self.dropout)
 
     def parts(self, take: Callable[[Tensor], Tensor]) -> EffectiveWeight:
         """Return the value whose three parts are taken from this one's in the same way."""

@@ -17,6 +17,7 @@ import minilora
 from minilora.frozen import keeps_statistics
 from minilora.module import InjectedModule
 from minilora.sites import injected_sites
+from minilora.variants.dropout import dropped
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
@@ -38,6 +39,21 @@ def frozen(model: nn.Module) -> nn.Module:
         if keeps_statistics(module):
             module.eval()
     return twin
+
+
+@contextlib.contextmanager
+def nn_dropout_draws_alike() -> Iterator[None]:
+    """Let `nn.Dropout` draw as minilora does, so that another library drops the same elements."""
+    forward = nn.Dropout.forward
+
+    def draw(self: nn.Dropout, x: Tensor) -> Tensor:
+        return dropped(x, self.p) if self.training else x
+
+    nn.Dropout.forward = draw  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Dropout.forward = forward  # type: ignore[method-assign]
 
 
 class Is:

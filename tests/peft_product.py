@@ -17,7 +17,7 @@ from typing import Any
 
 import peft
 import torch
-from checks import raw, state
+from checks import nn_dropout_draws_alike, raw, state
 from kinds import InOut
 from peft_settings import Attended, Net, convolved, experts, looked_up, mlp, stack, without_bias
 from torch import Tensor, nn
@@ -176,14 +176,15 @@ class Setting:
             return found.double()
 
     def after_steps(self, model: nn.Module, lr: float) -> Tensor:
-        """Return what a model computes after two steps of gradient descent, dropout drawn from one seed."""
+        """Return what a model computes after two steps of gradient descent, the same elements dropped."""
         model.train()
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
         torch.manual_seed(2)
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(self.input()).double().square().mean().backward()
-            optimizer.step()
+        with nn_dropout_draws_alike():
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(self.input()).double().square().mean().backward()
+                optimizer.step()
         return self.output(model)
 
 

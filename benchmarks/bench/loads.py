@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from .setups import Setup
 
@@ -16,15 +19,26 @@ class Load:
     batch: int
     length: int
     compiled: bool = False
+    sentences: Sequence[dict[str, Tensor]] = ()
+    """Batches to take in turn, in the place of one of random tokens."""
 
     @property
     def title(self) -> str:
         setup = self.setup
         layers = setup.layers or setup.shape.config.num_hidden_layers
+        what = "sentences" if self.sentences else self.length
+        dropout = f"dropout {setup.dropout}, " if setup.dropout else ""
         return (
-            f"{setup.model}, {layers} layers, batch {self.batch} x {self.length}, {setup.targets}, "
-            f"r = {setup.rank}, {setup.precision}{', torch.compile' if self.compiled else ''}"
+            f"{setup.model}, {layers} layers, batch {self.batch} x {what}, {setup.targets}, "
+            f"r = {setup.rank}, {dropout}{setup.precision}{', torch.compile' if self.compiled else ''}"
         )
+
+    def batches(self) -> Sequence[dict[str, Tensor]]:
+        """Return what to train on, one step after the other, on the setup's device."""
+        if not self.sentences:
+            return [self.setup.training_batch(self.batch, self.length)]
+        device = self.setup.device
+        return [{name: value.to(device) for name, value in batch.items()} for batch in self.sentences]
 
     def swept(self, axis: str, value: int) -> Load:
         """Return this load with one quantity, a key of `AXES`, changed."""

@@ -66,6 +66,13 @@ SHAPES = {
         num_attention_heads=2,
         intermediate_size=128,
     ),
+    "minilm": _bert(  # the sizes of all-MiniLM-L6-v2: the encoder of the examples
+        "bert-tiny",
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+    ),
     "llama-135m": _llama(  # the sizes of SmolLM 135M
         "llama-tiny",
         vocab_size=49_152,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import LoRAConfig
-from ..lora_linear import fits_weight_form
+from ..lora_linear import can_stand_in, takes_weight_form
 from ..torch_internals import own_tensors
 from ..variants.plain_linear import effective_linear
 from .gathered import add_by_row, dropped
@@ -47,7 +47,9 @@ class BankLinear(LowRankSite):
 
     def _takes_weight_form(self, x: Tensor) -> bool:
         """Return whether W_eff of one adapter may stand for the base's own call, and is the cheaper way."""
-        return fits_weight_form(self.base, x, self.layout.outputs, self.layout.inputs)
+        if not can_stand_in(self.base, x):
+            return False
+        return takes_weight_form(x, own_tensors(self.base)["weight"].dtype, self.layout)
 
     def _in_weight_form(self, x: Tensor, rows: Rows, slot: int) -> Tensor:
         """Compute as a layer with this adapter alone would."""
