@@ -7,7 +7,7 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constr
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all check lint format wheel-check docs results clean
+.PHONY: help demo test test-all check lint format wheel-check docs results gpu-report clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ docs: $(VENV)/.docs  ## Build the documentation into site/
 
 results: $(VENV)/.test  ## Write the measured figures of README and docs from the files of the runs
 	$(RUN) scripts/make_results.py $(ARGS)
+
+gpu-report: $(VENV)/.test  ## All that is to be measured on a GPU; ARGS="--device cpu --quick" tries it without
+	$(RUN) benchmarks/gpu_report.py $(ARGS)
 
 clean:  ## Remove caches and build output (rm -r .venv removes the environment)
 	rm -rf build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Write every measured figure of README.md and docs/results.md: python scripts/make_results.py.
+"""Write the measured figures of README.md and of the pages of results: python scripts/make_results.py.
 
 A page says where a block of figures stands, between `<!-- figures: NAME -->` and `<!-- end -->`; what stands
 there comes from the files under docs/results/ and benchmarks/results/ that the examples and the benchmarks
@@ -18,14 +18,21 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # whose table
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # and whose others
 
 import sweep
-from bench.markdown import grid
+from bench.markdown import compared, curve, grid, memory_cell, ratio_cell
 from bench.parity import SPLITS, Parity, accuracies, accuracy, gaps
+from bench.tables import Table
 from bench.unmeasured import NOT_MEASURED
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "results.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "many-adapters.md",
+)
 RUNS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "benchmarks" / "results"
+AXES = ("tokens", "rank", "length", "layers")
 BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -199,7 +206,84 @@ def speeds() -> str:
     return grid([f"speed, {threads} CPU cores", "minilora", f"PEFT {peft}"], lines)
 
 
+def tables(name: str, *columns: str) -> dict[str, Table]:
+    """The tables of the newest result of a benchmark, by the given names, in their order."""
+    found = [Table.from_dict(values) for values in benchmark(name)["tables"]]
+    for table in found:
+        table.memory_reference = "PEFT"
+    return dict(zip(columns or map(str, range(len(found))), found, strict=True))
+
+
+def steps() -> dict[str, Table]:
+    """A training step in four set-ups."""
+    setups = [f"{sites}, {words}" for words in ("fp32", "bf16 autocast") for sites in ("q+v", "all linear")]
+    return tables("train_speed-cpu", *setups)
+
+
+def recipe() -> dict[str, Table]:
+    """A training step on the sentences of SST-2, with dropout and without."""
+    with_dropout = tables("train_speed-minilm-dropout-cpu", "q+v, dropout 0.1", "all linear, dropout 0.1")
+    return with_dropout | tables("train_speed-minilm-cpu", "q+v, no dropout", "all linear, no dropout")
+
+
+def sixteen_bits() -> dict[str, Table]:
+    """A training step on a base stored in 16 bits, and under autocast."""
+    return tables("train_speed-llama-135m-bf16-cpu", "stored in bfloat16", "bf16 autocast")
+
+
+def dora() -> dict[str, Table]:
+    """A training step with DoRA, in units of one without."""
+    return tables("train_speed-dora-cpu", "q+v", "every linear layer")
+
+
+def around() -> str:
+    """What surrounds a step, in units of PEFT's time."""
+    columns = list(tables("overhead-cpu").values())[1:]
+    lines = [
+        [str(point), *(ratio_cell(table, table.at(point, "minilora")) for table in columns)]
+        for point in columns[0].points()
+    ]
+    return grid(["operation", "q+v", "every linear layer"], lines)
+
+
+def bank() -> str:
+    """Many adapters in one batch; the larger batch from the run that was its own."""
+    small = list(tables("many_adapters-llama-135m-cpu").values())
+    large = list(tables("many_adapters-llama-135m-64-cpu").values())
+    names = ("minilora merged", "minilora bank", "PEFT")
+    lines = []
+    for table in (*small[:2], *large[:2]):
+        rows = re.search(r"\d+ rows", table.title)
+        assert rows is not None
+        work = "one pass" if "one forward pass" in table.title else "token by token"
+        for point in table.points():
+            cells = (table.at(point, name) for name in names)
+            ratios = [table.ratio(cell) for cell in cells]
+            shown = [f"{ratio.median:.2f}" if ratio else NOT_MEASURED for ratio in ratios]
+            lines.append([f"{rows[0]}, {work}", str(point), *shown])
+    return grid(["batch", "adapters in the bank", "one merged", "bank", "PEFT, `adapter_names`"], lines)
+
+
+def coming_and_going() -> str:
+    """What loading and switching an adapter takes."""
+    table = list(tables("many_adapters-llama-135m-cpu").values())[-1]
+    return curve(table)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "train-steps": lambda: compared(steps(), ratio_cell),
+    "train-memory": lambda: compared(steps(), memory_cell),
+    "recipe-steps": lambda: compared(recipe(), ratio_cell),
+    "recipe-memory": lambda: compared(recipe(), memory_cell),
+    "sixteen-bit-steps": lambda: compared(sixteen_bits(), ratio_cell),
+    "sixteen-bit-memory": lambda: compared(sixteen_bits(), memory_cell),
+    "dora-steps": lambda: compared(dora(), ratio_cell),
+    **{
+        f"sweep-{axis}": lambda axis=axis: curve(*tables(f"train_speed-{axis}-cpu").values()) for axis in AXES
+    },
+    "around": around,
+    "bank": bank,
+    "coming-and-going": coming_and_going,
     "fine-tunes": fine_tunes,
     "speeds": speeds,
     "sst2-in-full": full_sst2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from .ratios import Spread
 from .tables import Row, Table
@@ -16,12 +16,41 @@ def table_text(table: Table) -> str:
     if table.axis is None:
         parts.append(_line_for_each_row(table))
     else:
-        parts.append(_line_for_each_point(table, _time_and_ratio))
+        parts.append(curve(table))
         if any(row.memory is not None for row in table.rows):
             parts += [f"{table.memory_label.capitalize()}:", _line_for_each_point(table, _memory_of)]
     if reasons := {row.name: row.reason for row in table.rows if row.reason}:
         parts.append("\n".join(f"- {name}: {NOT_MEASURED}, {why}" for name, why in reasons.items()))
     return "\n\n".join(parts)
+
+
+def compared(tables: Mapping[str, Table], cell: Callable[[Table, Row], str]) -> str:
+    """Return what several tables have of the same contestants, a column for each table.
+
+    Args:
+        tables: by the heads of their columns; without an axis.
+        cell: what stands for a row of a table.
+    """
+    names = dict.fromkeys(name for table in tables.values() for name in table.names())
+    measured = [name for name in names if all(table.at(None, name).samples for table in tables.values())]
+    lines = [[name, *(cell(table, table.at(None, name)) for table in tables.values())] for name in measured]
+    return grid(["", *tables], lines)
+
+
+def ratio_cell(table: Table, row: Row) -> str:
+    """Return a row's time in units of the reference's, with its quartiles."""
+    return ratio_text(table.ratio(row))
+
+
+def memory_cell(table: Table, row: Row) -> str:
+    """Return a row's memory in units of the memory reference's."""
+    ratio = table.memory_ratio(row)
+    return "" if ratio is None else f"{ratio:.3f}"
+
+
+def curve(table: Table) -> str:
+    """Return a line for each point of the table's axis: times, and ratios to the reference."""
+    return _line_for_each_point(table, _time_and_ratio)
 
 
 def grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

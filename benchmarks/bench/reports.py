@@ -33,11 +33,14 @@ def finish(benchmark: str, args: argparse.Namespace, tables: list[Table], *, var
     benchmark = "-".join(part for part in (benchmark, model, variant) if part)
     folder = QUICK_RESULTS if args.quick else RESULTS
     output = args.output or folder / f"{date.today().isoformat()}-{benchmark}-{args.device.type}.json"
+    # A path says something of the machine, and nothing of the measurement.
     options = {
         name: str(value) if isinstance(value, torch.device) else value
         for name, value in vars(args).items()
-        if name != "output"  # a path says something of the machine, and nothing of the measurement
+        if name != "output"
     }
+    if options.get("data"):
+        options["data"] = Path(str(options["data"])).name
     report = Report(
         benchmark=benchmark, options=options, environment=describe_environment(args.device), tables=tables
     )
