@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..distributed.gathering import whole
 from ..errors import MiniLoRAError, quoted
 from ..module import InjectedModule
 from ..names import outermost_of
 from ..problems import Problems
 from ..sites import require_injected, require_unwrapped
+from ..torch_internals import put_shards_back
 
 CHECKPOINTING = (
     "Re-entrant checkpointing needs an input with a gradient: give it use_reentrant=False, or call "
@@ -43,6 +45,7 @@ def check_gradients(model: nn.Module) -> list[str]:
         '0': no gradient: the layer was not called, or nothing that it gave reached the loss
     """
     require_unwrapped(model)
+    put_shards_back(model)
     injected = require_injected(model)
     checkpointed = _checkpointed(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -69,7 +72,7 @@ def _problems(wrapper: InjectedModule, checkpointed: bool) -> Iterator[str]:
     if not trained:
         yield "frozen: requires_grad is False on all that it holds"
         return
-    gradients = {key: p.grad for key, p in trained.items() if p.grad is not None}
+    gradients = {key: whole(p.grad) for key, p in trained.items() if p.grad is not None}
     if not gradients:
         yield _why_none(wrapper, checkpointed)
         return

@@ -11,6 +11,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from ..distributed.gathering import stand_in
+from ..distributed.writing import by_one
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..manifest import Manifest
 from ..names import described
@@ -49,9 +51,11 @@ def adapter_state_dict(model: nn.Module, *, format: WriteFormat = "minilora") ->
         ['0.lora_A', '0.lora_B']
     """
     require_format(format)
-    injected = saveable(require_injected(model))
+    saveable(require_injected(model))
+    sites = Sites(stand_in(model))
+    injected = sites.injected()
     if format == "peft":
-        return peft.composed(contents_of(injected), Sites(model)).tensors
+        return peft.composed(contents_of(injected), sites).tensors
     return {key: tensor.detach() for key, tensor in saved_tensors(injected).items()}
 
 
@@ -103,17 +107,17 @@ def save(
     target = path_for(path, model, call="save(model, path)")
     require_format(format, portable=portable)
     require_unwrapped(model)
-    sites = Sites(model)
+    sites = Sites(stand_in(model))
     injected = saveable(sites.injected() or require_injected(model))
     contents = contents_of(injected)
-    if thawed := thawed_parameters(model, added_tensors(injected)):
+    if thawed := thawed_parameters(sites.model, added_tensors(injected)):
         warnings.warn(
             f"{described(thawed)}: trained, but not saved, since no injection brought it. "
             f"{_to_save_it(sites, thawed)}or freeze it: minilora.freeze(model)",
             UserWarning,
             stacklevel=2,
         )
-    write(target, contents, sites, format, portable=portable)
+    by_one(model, lambda: write(target, contents, sites, format, portable=portable))
 
 
 def _to_save_it(sites: Sites, thawed: Mapping[str, nn.Parameter], limit: int = 8) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ..distributed.gathering import at_hand, one_by_one, stand_in, whole
 from ..merging import mergeable
 from ..module import InjectedModule
 from ..rows import TrainedRows
@@ -37,19 +38,22 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         >>> [(name, tuple(tensor.shape)) for name, tensor in minilora.merged_weights(model)]
         [('0.weight', (2, 4)), ('0.bias', (2,))]
     """
-    mergeable(require_enabled(model, "merged_weights"), skip_adapters=False)
-    return _tensors(Sites(model))
+    require_enabled(model, "merged_weights")
+    sites = Sites(stand_in(model))
+    mergeable(one_by_one(sites.injected().items()), skip_adapters=False)
+    return _tensors(sites)
 
 
 def _tensors(sites: Sites) -> Iterator[tuple[str, Tensor]]:
     yield from _own(sites.model, "")
-    whole: str | None = None
+    given: str | None = None
     for name, site in sites.items():
-        if whole is not None and name.startswith(whole):
+        if given is not None and name.startswith(given):
             continue  # inside what is trained in full, and has been given
-        whole = f"{name}." if site.trained_in_full else None
-        fused = _fused(site)
-        if whole is None:
+        given = f"{name}." if site.trained_in_full else None
+        with at_hand(site):
+            fused = _fused(site)
+        if given is None:
             yield from _own(fused, f"{name}.")
         else:
             yield from _state(fused, f"{name}.")
@@ -87,4 +91,4 @@ def _childless(module: nn.Module) -> nn.Module:
 
 def _state(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     state: dict[str, object] = module.state_dict(prefix=prefix)
-    yield from ((name, value) for name, value in state.items() if isinstance(value, Tensor))
+    yield from ((name, whole(value)) for name, value in state.items() if isinstance(value, Tensor))

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ....config import Config, LoRAConfig, RowsConfig
+from ....distributed.gathering import whole
 from ....errors import CheckpointError, several
 from ....manifest import Manifest
 from ....names import above, described, natural
@@ -274,7 +275,7 @@ def _frozen_but_caught(trainable: Sequence[str], sites: Sites | None) -> dict[st
     """
     heads, loose = set(trainable), LooseEnds(trainable)
     return {
-        f"{name}.{key}": tensor
+        f"{name}.{key}": whole(tensor)
         for name, site in (sites or {}).items()
         if name not in heads and loose.of(name)
         for key, tensor in site.bare.state_dict().items()
