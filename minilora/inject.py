@@ -119,7 +119,7 @@ def eject(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
+        MiniLoRAError: when the model carries no injection, is sharded, or is inside `minilora.disabled`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))

@@ -34,7 +34,7 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
 
     Raises:
         MergeError: naming each site that cannot be merged; the model is as it was.
-        MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
+        MiniLoRAError: when the model carries no injection, is sharded, or is inside `minilora.disabled`.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0").eval()
@@ -63,7 +63,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        MiniLoRAError: when the model carries no injection.
+        MiniLoRAError: when the model carries no injection, or is sharded.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
@@ -100,8 +100,8 @@ def fuse(
     Raises:
         MergeError: naming each site that cannot be fused, and each tensor with values beyond the dtype; the
             model is as it was.
-        MiniLoRAError: when the model carries no injection, is inside `minilora.disabled`, or the dtype is
-            not a floating-point one.
+        MiniLoRAError: when the model carries no injection, is sharded, is inside `minilora.disabled`, or the
+            dtype is not a floating-point one.
 
     Warns:
         UserWarning: when a fused weight was tied to another one, from which it now differs; when a layer

@@ -90,7 +90,7 @@ def summary(model: nn.Module) -> Summary:
     Works on any model; a bare one has no rows but for what trains in it.
 
     Raises:
-        MiniLoRAError: when the model is not one, or is wrapped in DDP, FSDP or `torch.compile`.
+        MiniLoRAError: when the model is not one, or is wrapped in DDP, FSDP1 or `torch.compile`.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0", minilora.LoRAConfig(r=2))

@@ -68,7 +68,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     the way out.
 
     Raises:
-        MiniLoRAError: when the model carries no injection.
+        MiniLoRAError: when the model carries no injection; or is merged, and was sharded afterwards.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")

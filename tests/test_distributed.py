@@ -6,6 +6,7 @@ What takes several processes is in test_distributed_processes.py.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, MiniLoRAError, RowsConfig
-from minilora.distributed.gathering import stand_in
+from minilora.distributed.gathering import stand_in, whole
 from minilora.torch_internals import class_unsharded, is_shard
 
 if not torch.distributed.is_available():
@@ -258,6 +259,16 @@ def test_a_model_merged_before_it_was_sharded(tmp_path):
         pass
     minilora.save(model, tmp_path / "sharded")
     assert (tmp_path / "sharded").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_what_fsdp_keeps_on_the_cpu_is_gathered_where_the_processes_talk():
+    class DTensor(torch.Tensor):  # a stand-in, with a device for others' tensors that needs none
+        device_mesh = SimpleNamespace(device_type="meta")
+
+        def full_tensor(self):
+            return self.as_subclass(torch.Tensor)
+
+    assert whole(torch.zeros(2).as_subclass(DTensor)).device.type == "meta"
 
 
 def test_a_stand_in_shares_what_is_not_gathered_and_owns_its_places():

@@ -28,14 +28,14 @@ def check_gradients(model: nn.Module) -> list[str]:
     zeros where it must be so, as that of LoRA's A while B is zero, is nothing wrong.
 
     Args:
-        model: an injected model; of DDP the one inside.
+        model: an injected model; of DDP the one inside; of a sharded one (FSDP2), every process calls.
 
     Returns:
         A line for each thing that is wrong, with the sites and, where it can be known, why and what to do.
 
     Raises:
         MiniLoRAError: when nothing has a gradient, so that no backward was run, or what it left is gone; when
-            nothing trains or nothing is injected; and for a model inside DDP, FSDP or `torch.compile`.
+            nothing trains or nothing is injected; and for a model inside DDP, FSDP1 or `torch.compile`.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "all-linear")

@@ -24,7 +24,7 @@ def merge_loss(model: nn.Module, *, dtype: torch.dtype | str | None = None) -> d
     size.
 
     Args:
-        model: an injected model, merged or not; it is only read.
+        model: an injected model, merged or not; it is only read. Of a sharded one, every process calls.
         dtype: a floating-point dtype or its name: that of `fuse`. None is each weight's own: that of `merge`.
 
     Returns:

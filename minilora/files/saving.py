@@ -34,11 +34,12 @@ def adapter_state_dict(model: nn.Module, *, format: WriteFormat = "minilora") ->
     """Return what was trained, by the names that `save` writes.
 
     Args:
-        model: an injected model.
+        model: an injected model; of a sharded one (FSDP2), every process calls.
         format: "minilora", or "peft" for the tensors of a PEFT folder, to send to a server that has the rest.
 
     Returns:
-        The tensors, detached. They share memory with the model, but those that PEFT lays out otherwise.
+        The tensors, detached. They share memory with the model, but those that PEFT lays out otherwise, and
+        those that were gathered.
 
     Raises:
         CheckpointError: when PEFT's format cannot express what the model carries, or a tensor that it would
@@ -78,6 +79,10 @@ def save(
     adapter, the new one, or no `adapter_config.json` is found, never the config of one with the tensors of
     the other.
 
+    Of a model that FSDP2 has sharded, the values are gathered: every process calls, the first one writes the
+    bytes that one process with the whole model would, and the others return when they are there. What that
+    one raises, all raise. Of a model that is whole, as in DDP, who calls writes.
+
     Args:
         model: an injected model.
         path: of the file or the folder; the folder it goes in exists. The mode of a file that is there
@@ -90,7 +95,7 @@ def save(
     Raises:
         CheckpointError: when a tensor is not finite, or has no values (meta), or the format, or being
             portable, cannot express what the model carries; nothing is written.
-        MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP or `torch.compile`, or
+        MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP1 or `torch.compile`, or
             an argument is wrong.
         OSError: when the file cannot be written; what was there before still is.
 

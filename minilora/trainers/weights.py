@@ -20,7 +20,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     This is what reinforcement learning sends to its server after each step: names are those of the bare
     model, weights with LoRA are W_eff = W + scaling B A, rounded once to W's dtype, and what was trained in
     full is as it is trained. Where nothing was injected, the tensor is the model's own, detached; what is
-    made is let go with the next. Merged or not, the same bits come.
+    made is let go with the next. Merged or not, the same bits come. Of a model that FSDP2 has sharded, every
+    process calls and takes all of them, and each is gathered at its turn.
 
     Args:
         model: an injected model. It may be in training.
@@ -30,7 +31,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         MergeError: at the call, naming each site that cannot be fused, bottleneck adapters among them.
-        MiniLoRAError: when the model carries no injection, is wrapped in DDP, FSDP or `torch.compile`, or is
+        MiniLoRAError: when the model carries no injection, is wrapped in DDP, FSDP1 or `torch.compile`, or is
             inside `minilora.disabled`.
 
     Example:
