@@ -40,6 +40,7 @@ class Tiny(nn.Module):
         self.words = nn.Embedding(10, 8)
         self.conv = nn.Conv1d(8, 8, 1)
         self.body = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8, bias=False))
+        self.plain = nn.Linear(8, 8)
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 3)
         self.output = nn.Linear(8, 10, bias=False)
@@ -47,7 +48,7 @@ class Tiny(nn.Module):
 
     def forward(self, ids):
         x = self.words(ids)
-        x = self.norm(self.body(x + self.conv(x.mT).mT))
+        x = self.norm(self.plain(self.body(x + self.conv(x.mT).mT)))
         return self.head(x).sum(-1, keepdim=True) + self.output(x)
 
 
