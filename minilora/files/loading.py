@@ -200,7 +200,7 @@ def fit(file: Path, sites: Sites, injected: Mapping[str, Site], how: Reading, *,
         else:
             plan, misfits = build(announced.manifest, sites, without_values=True)
             injected = plan.sites()
-            problems += misfits.lines(lambda names: _meant_instead(names, sites))
+            problems += misfits.lines(lambda names: meant_instead(names, sites))
             model = sites.model
             if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
                 problems.append("the model is on the meta device: give it its weights first, then load")
@@ -252,7 +252,7 @@ def _reading(path: Path, how: Reading, sites: Sites | None = None) -> AbstractCo
     return native.reading(path)
 
 
-def _meant_instead(names: list[str], sites: Sites) -> str:
+def meant_instead(names: list[str], sites: Sites) -> str:
     """Return the name in the model that is nearest to the first of some that it has not, as a hint."""
     near = nearest(names[0], sites, limit=1) if names[0] not in sites else []
     return f"; nearest: {near[0]!r}" if near else ""
