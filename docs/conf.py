@@ -26,6 +26,7 @@ NAVIGATION = {
             "kinds",
             "training",
             "trainer",
+            "distributed",
             "new-tokens",
             "saving",
             "merging",

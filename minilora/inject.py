@@ -15,7 +15,7 @@ from .manifest import Manifest, grouped
 from .module import is_called
 from .names import described, lies_within
 from .plan import build
-from .sites import Site, Sites, replace_modules, require_enabled, require_unwrapped
+from .sites import Site, Sites, replace_modules, require_enabled, require_whole
 from .targets import Target, Targets, as_list, choices, head_modules, linear_names_within, matching, select
 from .ties import at_all_owners
 from .torch_internals import own_parameters
@@ -81,7 +81,7 @@ def inject(
         trainable: 50 parameters, 55.6 % of the base's 90
         LoRA reaches 100 % of the base's matrix weights
     """
-    require_unwrapped(model)
+    require_whole(model)
     sites = Sites(model)
     named = as_list(() if trainable is None else trainable)
     heads, problems = select(sites, named, argument="trainable")
@@ -119,7 +119,7 @@ def eject(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
+        MiniLoRAError: when the model carries no injection, is sharded, or is inside `minilora.disabled`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -127,6 +127,7 @@ def eject(model: nn.Module) -> nn.Module:
         >>> minilora.eject(minilora.inject(model, "0"))[0] is layer
         True
     """
+    require_whole(model, "eject before fully_shard; inside minilora.disabled it computes what the base does")
     originals: dict[nn.Module, nn.Module] = {}
     for site in require_enabled(model, "eject").values():
         for wrapper in site.wrappers:

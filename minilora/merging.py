@@ -15,7 +15,7 @@ from .mergeable import Mergeable
 from .module import InjectedModule
 from .names import described
 from .problems import Problems
-from .sites import Site, replace_modules, require_enabled, require_injected
+from .sites import Site, replace_modules, require_enabled, require_injected, require_whole
 from .torch_internals import own_parameters, own_tensors, persistent_buffers, put_buffer
 
 
@@ -34,15 +34,16 @@ def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
 
     Raises:
         MergeError: naming each site that cannot be merged; the model is as it was.
-        MiniLoRAError: when the model carries no injection, or is inside `minilora.disabled`.
+        MiniLoRAError: when the model carries no injection, is sharded, or is inside `minilora.disabled`.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0").eval()
         >>> minilora.merge(model)[0].merged
         True
     """
-    wrappers = mergeable(require_enabled(model, "merge"), skip_adapters)
-    wrappers = [wrapper for wrapper in wrappers if not wrapper.merged]
+    require_whole(model, "merge before fully_shard; merged_weights(model) yields what a merged model holds")
+    found = mergeable(require_enabled(model, "merge").items(), skip_adapters)
+    wrappers = [wrapper for wrapper in found if not wrapper.merged]
     try:
         for wrapper in wrappers:
             wrapper.merge()
@@ -62,7 +63,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         The model itself.
 
     Raises:
-        MiniLoRAError: when the model carries no injection.
+        MiniLoRAError: when the model carries no injection, or is sharded.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
@@ -70,6 +71,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         >>> minilora.unmerge(minilora.merge(model))[0].base.weight is weight
         True
     """
+    require_whole(model, "unmerge before fully_shard")
     for site in require_injected(model).values():
         for wrapper in site.wrappers:
             wrapper.unmerge()
@@ -98,8 +100,8 @@ def fuse(
     Raises:
         MergeError: naming each site that cannot be fused, and each tensor with values beyond the dtype; the
             model is as it was.
-        MiniLoRAError: when the model carries no injection, is inside `minilora.disabled`, or the dtype is
-            not a floating-point one.
+        MiniLoRAError: when the model carries no injection, is sharded, is inside `minilora.disabled`, or the
+            dtype is not a floating-point one.
 
     Warns:
         UserWarning: when a fused weight was tied to another one, from which it now differs; when a layer
@@ -115,8 +117,9 @@ def fuse(
         raise MiniLoRAError(
             f"fuse casts to floating-point dtypes, not to {dtype!r}; the model has not been changed"
         )
+    require_whole(model, "fuse before fully_shard; merged_weights(model) yields what a fused model holds")
     injected = require_enabled(model, "fuse")
-    wrappers = mergeable(injected, skip_adapters, to)
+    wrappers = mergeable(injected.items(), skip_adapters, to)
     if to is not None and (problems := _beyond(model, to, wrappers)):
         raise MergeError(several(problems, outcome="the model has not been changed"))
     for unknown in _unknown_to_loaders(model, injected, wrappers):
@@ -134,21 +137,22 @@ def fuse(
 
 
 def mergeable(
-    injected: dict[str, Site], skip_adapters: bool, dtype: torch.dtype | None = None
+    injected: Iterable[tuple[str, Site]], skip_adapters: bool, dtype: torch.dtype | None = None
 ) -> list[InjectedModule]:
     """Return the wrappers to merge, or raise with every reason why some cannot be."""
     wrappers: list[InjectedModule] = []
-    obstacles = Problems()
-    for name, site in injected.items():
+    obstacles, some_stay = Problems(), False
+    for name, site in injected:
         for wrapper in site.wrappers:
             if not wrapper.mergeable and skip_adapters:
+                some_stay = True
                 continue
             if problem := wrapper.merge_problem(dtype):
                 obstacles.add(wrapper.placed_at(name), problem)
             wrappers.append(wrapper)
     if obstacles:
         raise MergeError(several(obstacles.lines(), outcome="the model has not been changed"))
-    if any(not wrapper.mergeable for site in injected.values() for wrapper in site.wrappers):
+    if some_stay:
         # What stays goes on training, and the base's statistics must not.
         wrappers = [wrapper for wrapper in wrappers if wrapper.trains]
     return wrappers

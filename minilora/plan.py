@@ -24,7 +24,7 @@ from .lora import LoRA
 from .lora_linear import LoRALinear
 from .manifest import Manifest
 from .module import InjectedModule, bare_module, device_of
-from .names import above, described, generic, nearest
+from .names import above, described, generic
 from .problems import Problems
 from .rows import TrainedRows
 from .sites import Site, Sites, replace_modules
@@ -166,12 +166,6 @@ def runs_its_own_code(linear: nn.Module) -> bool:
     """
     on_the_instance = has_hooks(linear) or "forward" in vars(linear)
     return plain_weight(linear) is not None and not on_the_instance and call_problem(linear) is not None
-
-
-def meant_instead(names: list[str], sites: Sites) -> str:
-    """Return the name in the model that is nearest to the first of some that it has not, as a hint."""
-    near = nearest(names[0], sites, limit=1) if names[0] not in sites else []
-    return f"; nearest: {near[0]!r}" if near else ""
 
 
 def _missing(name: str, sites: Sites) -> str | None:

@@ -19,7 +19,7 @@ from torch import nn
 from .errors import MiniLoRAError, quoted
 from .module import InjectedModule
 from .names import ends
-from .torch_internals import children, is_shard, lazy_parameters, own_parameters, put_child
+from .torch_internals import children, lazy_parameters, own_parameters, put_child, shards_in
 
 
 @dataclass(frozen=True)
@@ -214,10 +214,9 @@ def require_enabled(model: nn.Module, act: str) -> dict[str, Site]:
 
 
 def require_unwrapped(model: nn.Module) -> None:
-    """Raise where a model is not one, or is inside DDP, FSDP or torch.compile, whose names are not ours.
+    """Raise where a model is not one, or is inside DDP, FSDP1 or torch.compile, whose names are not ours.
 
-    And where it has lazy modules without a shape yet, whose parameters cannot even be frozen, or holds
-    one process's share of its values.
+    And where it has lazy modules without a shape yet, whose parameters cannot even be frozen.
 
     Raises:
         MiniLoRAError: naming the wrapper, or the parameters, and what to write instead.
@@ -229,7 +228,6 @@ def require_unwrapped(model: nn.Module) -> None:
         "DistributedDataParallel": "work on the model inside, `ddp.module`; wrap in DDP after injecting",
         "DataParallel": "work on the model inside, `parallel.module`; wrap after injecting",
         "FullyShardedDataParallel": "inject or load first, then wrap in FSDP; gather a full model to save",
-        "FSDPModule": "inject or load first, then call fully_shard; gather a full model to save",
         "OptimizedModule": "work on the model inside, `compiled._orig_mod`; compile after injecting",
     }
     for kind in {type(module) for module in model.modules()}:
@@ -239,11 +237,19 @@ def require_unwrapped(model: nn.Module) -> None:
                 name = next(name for name, module in model.named_modules() if type(module) is kind)
                 where = f"{name!r} is" if name else "the model is"
                 raise MiniLoRAError(f"{where} wrapped in {parent.__name__}: {fixes[parent.__name__]}")
-    if shards := [name for name, parameter in model.named_parameters() if is_shard(parameter)]:
-        raise MiniLoRAError(
-            f"{quoted(shards)} are one process's share of their values (FSDP, or a DTensor): inject or load "
-            "before sharding, and gather a full model to save"
-        )
+    if flat := [n for n, p in model.named_parameters() if getattr(p, "_fsdp_flattened", False)]:
+        raise MiniLoRAError(f"{quoted(flat)} are flattened by FSDP: {fixes['FullyShardedDataParallel']}")
+
+
+def require_whole(model: nn.Module, instead: str = "call this first, then fully_shard") -> None:
+    """Raise where `require_unwrapped` does, or where processes share the values of a model among them.
+
+    Raises:
+        MiniLoRAError: naming what is sharded, and what to do instead.
+    """
+    require_unwrapped(model)
+    if shards := [name or "the model" for name in shards_in(model)]:
+        raise MiniLoRAError(f"{quoted(shards)}: sharded (fully_shard or DTensor); nothing changed. {instead}")
 
 
 def require_module(model: object) -> None:

@@ -10,7 +10,7 @@ from .mergeable import Mergeable
 from .module import InjectedModule
 from .names import generic, outermost_of
 from .sites import Sites, require_unwrapped
-from .torch_internals import own_parameters
+from .torch_internals import own_parameters, put_shards_back
 from .trained import TrainedParameter
 from .training import added_tensors, thawed_parameters
 from .view import Substitution
@@ -90,7 +90,7 @@ def summary(model: nn.Module) -> Summary:
     Works on any model; a bare one has no rows but for what trains in it.
 
     Raises:
-        MiniLoRAError: when the model is not one, or is wrapped in DDP, FSDP or `torch.compile`.
+        MiniLoRAError: when the model is not one, or is wrapped in DDP, FSDP1 or `torch.compile`.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0", minilora.LoRAConfig(r=2))
@@ -98,6 +98,7 @@ def summary(model: nn.Module) -> Summary:
         32
     """
     require_unwrapped(model)
+    put_shards_back(model)
     sites = Sites(model)
     injected = sites.injected()
     added = added_tensors(injected)
@@ -122,16 +123,8 @@ def summary(model: nn.Module) -> Summary:
         thawed: dict[str, list[int]] = {}
         for name, parameter in thawed_parameters(model, added).items():
             thawed.setdefault(generic(name), []).append(parameter.numel())
-        rows += [
-            SummaryRow(
-                sites=name,
-                count=len(n),
-                description="trains, not injected",
-                parameters=sum(n),
-                state="not saved",
-            )
-            for name, n in thawed.items()
-        ]
+        told = {"description": "trains, not injected", "state": "not saved"}
+        rows += [SummaryRow(sites=s, count=len(n), parameters=sum(n), **told) for s, n in thawed.items()]
     reached, left_out = _reach(sites)
     return Summary(
         model=type(model).__name__,

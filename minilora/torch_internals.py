@@ -8,7 +8,6 @@ read; `tests/test_torch_contracts.py` holds what is taken for granted here.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -53,9 +52,13 @@ def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) 
 
 
 def shadow(module: nn.Module) -> nn.Module:
-    """Return a module with the same parameters and children, in which others can be put in their place."""
-    twin = copy.copy(module)
-    vars(twin).update({name: dict(vars(twin)[name]) for name in ("_parameters", "_buffers", "_modules")})
+    """Return a module with the same parameters and children, in which others can be put in their place.
+
+    Its class is the one from before `fully_shard`.
+    """
+    twin: nn.Module = object.__new__(class_unsharded(module))  # copy.copy would have FSDP call __init__
+    own = {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers", "_modules")}
+    vars(twin).update(vars(module), **own)
     return twin
 
 
@@ -98,14 +101,31 @@ def lazy_parameters(module: nn.Module) -> list[str]:
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Return whether a tensor holds, or may hold, a part of its values only: FSDP's, or a DTensor.
+    """Return whether a tensor is a DTensor, of which this process may hold a part of the values only.
 
-    FSDP marks what it has flattened with an attribute; importing torch.distributed for its types takes
-    seconds.
+    By name: importing torch.distributed for its types takes seconds.
     """
-    if getattr(tensor, "_fsdp_flattened", False):
-        return True
     return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+
+
+def shards_in(model: nn.Module) -> list[str]:
+    """Return the names of the modules that `fully_shard` was called on, or else of a model's DTensors."""
+    modules = [n for n, module in model.named_modules() if class_unsharded(module) is not type(module)]
+    return modules or [name for name, parameter in model.named_parameters() if is_shard(parameter)]
+
+
+def put_shards_back(model: nn.Module) -> None:
+    """Let FSDP take away what it has gathered to compute with, cast perhaps, and lets go of at any time."""
+    for module in model.modules():
+        if class_unsharded(module) is not type(module):
+            module.reshard()  # type: ignore[operator]  # its public method
+
+
+def class_unsharded(module: nn.Module) -> type:
+    """Return a module's class as it was before `fully_shard`, which puts one of torch's in front of it."""
+    kinds = type(module).__mro__
+    put = [i for i, k in enumerate(kinds) if k.__name__ == "FSDPModule" and k.__module__.startswith("torch.")]
+    return kinds[put[0] + 1 if put else 0]
 
 
 def in_backward() -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator
 from torch import nn
 
 from .errors import MiniLoRAError
-from .sites import Site, Sites, injected_sites, require_injected, require_unwrapped
+from .sites import Site, Sites, injected_sites, require_injected, require_whole
+from .torch_internals import put_shards_back
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -27,7 +28,7 @@ def freeze(model: nn.Module) -> nn.Module:
         >>> any(parameter.requires_grad for parameter in model.parameters())
         False
     """
-    require_unwrapped(model)
+    require_whole(model)
     for parameter in base_parameters(Sites(model)):
         parameter.requires_grad_(False)
     return model
@@ -44,12 +45,12 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> [tuple(parameter.shape) for parameter in minilora.trainable_parameters(model)]
         [(1, 4), (2, 1)]
     """
-    merged = [site for site in injected_sites(model).values() if site.merged]
-    if merged:
+    if merged := [site for site in injected_sites(model).values() if site.merged]:
         raise MiniLoRAError(
             f"{len(merged)} sites are merged, and a merged layer does not train; "
             "call minilora.unmerge(model) first"
         )
+    put_shards_back(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise MiniLoRAError(
@@ -67,7 +68,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     the way out.
 
     Raises:
-        MiniLoRAError: when the model carries no injection.
+        MiniLoRAError: when the model carries no injection; or is merged, and was sharded afterwards.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
@@ -79,7 +80,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     wrappers = [wrapper for site in require_injected(model).values() for wrapper in site.wrappers]
     enabled = [wrapper for wrapper in wrappers if wrapper.enabled]
-    merged = [wrapper for wrapper in wrappers if wrapper.merged]
+    if merged := [wrapper for wrapper in wrappers if wrapper.merged]:
+        require_whole(model, "unmerge before fully_shard, which computes with what it met")
     try:
         with contextlib.ExitStack() as stack:
             for wrapper in wrappers:

@@ -28,9 +28,10 @@ CORE = [
     ["plan", "summary"],
     ["inject", "merging"],
 ]
-# One room is in the core: the variants. On the core stands the room of answers, on that those of files, of
-# trainers and of banks, on all of them the package's public face, and on that the command line.
-ROOMS = ["variants", "diagnosis", "files", "trainers", "bank", "cli"]
+# One room is in the core: the variants. On the core stands that of what processes share, on it the room of
+# answers, on that those of files, of trainers and of banks, on all of them the package's public face, and on
+# that the command line.
+ROOMS = ["variants", "distributed", "diagnosis", "files", "trainers", "bank", "cli"]
 DOORS = ["__init__", "__main__"]
 
 
@@ -72,7 +73,7 @@ def floors(names):
     """Return the floor of each module: the core's one by one, then rooms and doors in turn."""
     floor = {name: level for level, names in enumerate(CORE) for name in names}
     rooms = {room: floor[room] for room in ROOMS if room in floor}
-    order = ["diagnosis", "files", "trainers", "bank", "__init__", "cli", "__main__"]
+    order = ["distributed", "diagnosis", "files", "trainers", "bank", "__init__", "cli", "__main__"]
     above = rooms | {name: len(CORE) + level for level, name in enumerate(order)}
     return floor | {name: above[room_of(name) or name] for name in names if name not in floor}
 

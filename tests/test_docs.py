@@ -137,7 +137,9 @@ def test_how_it_works_names_every_file_of_the_core_and_no_other():
     row = {name: i for i, names in enumerate(rows) for name in re.findall(r"`([\w./]+)`", names)}
     core = {f"{name}.py": path for name, path in modules().items() if "." not in name and path.stem == name}
     del core["__init__.py"], core["__main__.py"]
-    assert sorted(row) == sorted([*core, "files/", "bank/", "cli/", "diagnosis/", "trainers/", "variants/"])
+    assert sorted(row) == sorted(
+        [*core, "files/", "bank/", "cli/", "diagnosis/", "distributed/", "trainers/", "variants/"]
+    )
     for file, path in core.items():
         names = {"variants/" if "." in name else f"{name}.py" for name in imported(path.stem, path)}
         assert all(row[name] >= row[file] for name in names), file

@@ -27,9 +27,10 @@ from torch import nn
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, TargetError
+from minilora.files.loading import meant_instead
 from minilora.frozen import keeps_statistics
 from minilora.manifest import Manifest
-from minilora.plan import build, meant_instead
+from minilora.plan import build
 from minilora.sites import Sites
 
 

@@ -110,6 +110,16 @@ def test_a_new_folder_appears_whole_or_not_at_all(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_processes_that_all_make_one_new_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every rank of DDP does that calls `save`: each writes in turn, and the last is there, whole."""
+    saves_while("new", trained(), tmp_path / "new", monkeypatch)
+    minilora.save(trained(), tmp_path / "new", format="peft")
+    assert contents(tmp_path / "new") == contents(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "new"]
+
+
 # Two adapters must never become one
 
 

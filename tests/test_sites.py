@@ -98,10 +98,10 @@ def test_a_swap_that_fails_half_way_is_taken_back(monkeypatch):
     assert picture(model) == before
 
 
-def test_shards_are_refused_with_the_fix():
+def test_what_fsdp1_has_flattened_is_refused_with_the_fix():
     model = MLP()
     model.up.weight._fsdp_flattened = True
-    with pytest.raises(MiniLoRAError, match=r"'up.weight' are one process's share .*before sharding"):
+    with pytest.raises(MiniLoRAError, match=r"'up.weight' are flattened by FSDP: inject or load first"):
         minilora.inject(model, "down")
 
 
@@ -111,5 +111,5 @@ def test_a_distributed_tensor_is_known_by_its_type_without_importing_it():
 
     model = MLP()
     model.up.weight = nn.Parameter(model.up.weight.detach().as_subclass(DTensor))
-    with pytest.raises(MiniLoRAError, match=r"'up.weight' are one process's share"):
+    with pytest.raises(MiniLoRAError, match=r"'up.weight': sharded .*fully_shard"):
         minilora.inject(model, "down")

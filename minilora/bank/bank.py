@@ -25,7 +25,7 @@ from ..files.loading import ReadFormat, Reading
 from ..files.paths import path_for
 from ..files.saving import WriteFormat, contents_of, require_format, write
 from ..module import device_of
-from ..sites import Sites, require_unwrapped
+from ..sites import Sites, require_whole
 from ..targets import Targets
 from .blueprint import Blueprint
 from .filling import Held, Key, fill, from_configs, from_file, held_in, misfits, refusals
@@ -82,7 +82,7 @@ class Bank:
         check_base: bool = True,
         allow_pickle: bool = False,
     ) -> None:
-        require_unwrapped(model)
+        require_whole(model)
         blueprint = Blueprint.of(
             model,
             {} if adapters is None else adapters,
@@ -341,7 +341,7 @@ class Bank:
 
     def _require_usable(self) -> None:
         self._directory.require_standing()
-        require_unwrapped(self.model)
+        require_whole(self.model, "change a bank before fully_shard, and gather a full model to save")
 
     def _require_room(self, held: Held) -> None:
         problems = refusals(held, Sites(self.model).bare()) or misfits(held, self._places, self._directory)

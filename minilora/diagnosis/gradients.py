@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..distributed.gathering import whole
 from ..errors import MiniLoRAError, quoted
 from ..module import InjectedModule
 from ..names import outermost_of
 from ..problems import Problems
 from ..sites import require_injected, require_unwrapped
+from ..torch_internals import put_shards_back
 
 CHECKPOINTING = (
     "Re-entrant checkpointing needs an input with a gradient: give it use_reentrant=False, or call "
@@ -26,14 +28,14 @@ def check_gradients(model: nn.Module) -> list[str]:
     zeros where it must be so, as that of LoRA's A while B is zero, is nothing wrong.
 
     Args:
-        model: an injected model; of DDP the one inside.
+        model: an injected model; of DDP the one inside; of a sharded one (FSDP2), every process calls.
 
     Returns:
         A line for each thing that is wrong, with the sites and, where it can be known, why and what to do.
 
     Raises:
         MiniLoRAError: when nothing has a gradient, so that no backward was run, or what it left is gone; when
-            nothing trains or nothing is injected; and for a model inside DDP, FSDP or `torch.compile`.
+            nothing trains or nothing is injected; and for a model inside DDP, FSDP1 or `torch.compile`.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "all-linear")
@@ -43,6 +45,7 @@ def check_gradients(model: nn.Module) -> list[str]:
         '0': no gradient: the layer was not called, or nothing that it gave reached the loss
     """
     require_unwrapped(model)
+    put_shards_back(model)
     injected = require_injected(model)
     checkpointed = _checkpointed(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -69,7 +72,7 @@ def _problems(wrapper: InjectedModule, checkpointed: bool) -> Iterator[str]:
     if not trained:
         yield "frozen: requires_grad is False on all that it holds"
         return
-    gradients = {key: p.grad for key, p in trained.items() if p.grad is not None}
+    gradients = {key: whole(p.grad) for key, p in trained.items() if p.grad is not None}
     if not gradients:
         yield _why_none(wrapper, checkpointed)
         return

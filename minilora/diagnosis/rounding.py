@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import is_float_dtype, plain_dtype
+from ..distributed.gathering import one_by_one, stand_in
 from ..errors import MergeError, MiniLoRAError, several
 from ..lora import LoRA
 from ..problems import Problems
-from ..sites import require_injected, require_unwrapped
+from ..sites import injected_sites, require_injected
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def merge_loss(model: nn.Module, *, dtype: torch.dtype | str | None = None) -> d
     size.
 
     Args:
-        model: an injected model, merged or not; it is only read.
+        model: an injected model, merged or not; it is only read. Of a sharded one, every process calls.
         dtype: a floating-point dtype or its name: that of `fuse`. None is each weight's own: that of `merge`.
 
     Returns:
@@ -42,9 +43,9 @@ def merge_loss(model: nn.Module, *, dtype: torch.dtype | str | None = None) -> d
     to: torch.dtype | None = plain_dtype(dtype)
     if to is not None and not is_float_dtype(to):
         raise MiniLoRAError(f"merge_loss rounds to floating-point dtypes, not to {dtype!r}")
-    require_unwrapped(model)
+    require_injected(model)
     problems, shares = Problems(), {}
-    for name, site in require_injected(model).items():
+    for name, site in one_by_one(injected_sites(stand_in(model)).items()):
         for wrapper in site.wrappers:
             if not isinstance(wrapper, LoRA):
                 continue

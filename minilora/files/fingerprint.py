@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.gathering import one_by_one
 from ..errors import CheckpointError, listed
 from ..linear import linear_shape
 from ..lora import LoRA
@@ -143,7 +144,7 @@ class Fingerprint:
         unchecked: dict[str, str] = {}
         transposed: set[str] = set()
         layers: dict[str, str] = {}
-        for owner, site in injected.items():
+        for owner, site in one_by_one(injected.items()):
             shape = linear_shape(site.bare)
             for wrapper in site.wrappers:
                 name = wrapper.placed_at(owner)

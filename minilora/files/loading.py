@@ -26,10 +26,10 @@ from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..followers import tell_followers
 from ..manifest import Manifest
 from ..module import InjectedModule, device_of
-from ..names import described, outermost_of
-from ..plan import Plan, build, meant_instead
+from ..names import described, nearest, outermost_of
+from ..plan import Plan, build
 from ..problems import Problems
-from ..sites import Site, Sites, require_unwrapped
+from ..sites import Site, Sites, require_whole
 from ..words import explains_foreign_words
 from .agreement import ConfigFrom, differences, require_side, take_configs
 from .base_values import other_base_values
@@ -116,7 +116,7 @@ def load(
         ['0.lora_A', '0.lora_B']
     """
     file = path_for(path, model, call="load(model, path)")
-    require_unwrapped(model)
+    require_whole(model)
     _require_no_hub_id(file)
     sites = Sites(model)
     injected = {name: site for name, site in sites.injected().items() if site.trains}
@@ -250,6 +250,12 @@ def _reading(path: Path, how: Reading, sites: Sites | None = None) -> AbstractCo
     if format == "peft" or (format == "auto" and path.is_dir()):
         return peft.reading(path, sites, allow_pickle=how.allow_pickle)
     return native.reading(path)
+
+
+def meant_instead(names: list[str], sites: Sites) -> str:
+    """Return the name in the model that is nearest to the first of some that it has not, as a hint."""
+    near = nearest(names[0], sites, limit=1) if names[0] not in sites else []
+    return f"; nearest: {near[0]!r}" if near else ""
 
 
 def _read_values(

@@ -11,6 +11,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from ..distributed.gathering import stand_in
+from ..distributed.writing import by_one
 from ..errors import CheckpointError, MiniLoRAError, quoted, several
 from ..manifest import Manifest
 from ..names import described
@@ -32,11 +34,12 @@ def adapter_state_dict(model: nn.Module, *, format: WriteFormat = "minilora") ->
     """Return what was trained, by the names that `save` writes.
 
     Args:
-        model: an injected model.
+        model: an injected model; of a sharded one (FSDP2), every process calls.
         format: "minilora", or "peft" for the tensors of a PEFT folder, to send to a server that has the rest.
 
     Returns:
-        The tensors, detached. They share memory with the model, but those that PEFT lays out otherwise.
+        The tensors, detached. They share memory with the model, but those that PEFT lays out otherwise, and
+        those that were gathered.
 
     Raises:
         CheckpointError: when PEFT's format cannot express what the model carries, or a tensor that it would
@@ -49,9 +52,11 @@ def adapter_state_dict(model: nn.Module, *, format: WriteFormat = "minilora") ->
         ['0.lora_A', '0.lora_B']
     """
     require_format(format)
-    injected = saveable(require_injected(model))
+    saveable(require_injected(model))
+    sites = Sites(stand_in(model))
+    injected = sites.injected()
     if format == "peft":
-        return peft.composed(contents_of(injected), Sites(model)).tensors
+        return peft.composed(contents_of(injected), sites).tensors
     return {key: tensor.detach() for key, tensor in saved_tensors(injected).items()}
 
 
@@ -74,6 +79,10 @@ def save(
     adapter, the new one, or no `adapter_config.json` is found, never the config of one with the tensors of
     the other.
 
+    Of a model that FSDP2 has sharded, the values are gathered: every process calls, the first one writes the
+    bytes that one process with the whole model would, and the others return when they are there. What that
+    one raises, all raise. Of a model that is whole, as in DDP, who calls writes.
+
     Args:
         model: an injected model.
         path: of the file or the folder; the folder it goes in exists. The mode of a file that is there
@@ -86,7 +95,7 @@ def save(
     Raises:
         CheckpointError: when a tensor is not finite, or has no values (meta), or the format, or being
             portable, cannot express what the model carries; nothing is written.
-        MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP or `torch.compile`, or
+        MiniLoRAError: when the model carries no injection, or is wrapped in DDP, FSDP1 or `torch.compile`, or
             an argument is wrong.
         OSError: when the file cannot be written; what was there before still is.
 
@@ -103,17 +112,17 @@ def save(
     target = path_for(path, model, call="save(model, path)")
     require_format(format, portable=portable)
     require_unwrapped(model)
-    sites = Sites(model)
+    sites = Sites(stand_in(model))
     injected = saveable(sites.injected() or require_injected(model))
     contents = contents_of(injected)
-    if thawed := thawed_parameters(model, added_tensors(injected)):
+    if thawed := thawed_parameters(sites.model, added_tensors(injected)):
         warnings.warn(
             f"{described(thawed)}: trained, but not saved, since no injection brought it. "
             f"{_to_save_it(sites, thawed)}or freeze it: minilora.freeze(model)",
             UserWarning,
             stacklevel=2,
         )
-    write(target, contents, sites, format, portable=portable)
+    by_one(model, lambda: write(target, contents, sites, format, portable=portable))
 
 
 def _to_save_it(sites: Sites, thawed: Mapping[str, nn.Parameter], limit: int = 8) -> str:

@@ -23,7 +23,7 @@ from ..files.formats import trainer
 from ..files.saving import saveable, saved_tensors
 from ..followers import Follower
 from ..manifest import Manifest
-from ..sites import Sites, injected_sites, require_injected, require_unwrapped
+from ..sites import Sites, injected_sites, require_injected, require_whole
 from ..torch_internals import own_parameters
 from ..training import added_tensors
 from ..view import Substitution
@@ -64,7 +64,7 @@ def slim_checkpoints(model: nn.Module) -> nn.Module:
         >>> minilora.slim_checkpoints(model).save_pretrained("checkpoint")
         >>> model = minilora.load(base, "checkpoint")
     """
-    require_unwrapped(model)
+    require_whole(model)
     saveable(require_injected(model))
     if not hasattr(model, IGNORED) or not hasattr(model, "config"):
         raise MiniLoRAError(

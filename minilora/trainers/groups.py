@@ -47,11 +47,12 @@ def parameter_groups(
     ]
     if wrong:
         raise MiniLoRAError(several(wrong, outcome="no groups were made"))
+    trained = trainable_parameters(model)
     wrappers = [wrapper for site in injected_sites(model).values() for wrapper in site.wrappers]
     of_lora = (wrapper.own_state().items() for wrapper in wrappers if isinstance(wrapper, LoRA))
     faster = {id(tensor) for own in of_lora for name, tensor in own if name in ("lora_B", "lora_bias")}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in trainable_parameters(model):
+    for parameter in trained:
         rate = lr * lora_plus_ratio if id(parameter) in faster else lr
         groups.setdefault((rate, weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
     return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ..distributed.gathering import at_hand, one_by_one, stand_in, whole
 from ..merging import mergeable
 from ..module import InjectedModule
 from ..rows import TrainedRows
@@ -19,7 +20,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     This is what reinforcement learning sends to its server after each step: names are those of the bare
     model, weights with LoRA are W_eff = W + scaling B A, rounded once to W's dtype, and what was trained in
     full is as it is trained. Where nothing was injected, the tensor is the model's own, detached; what is
-    made is let go with the next. Merged or not, the same bits come.
+    made is let go with the next. Merged or not, the same bits come. Of a model that FSDP2 has sharded, every
+    process calls and takes all of them, and each is gathered at its turn.
 
     Args:
         model: an injected model. It may be in training.
@@ -29,7 +31,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         MergeError: at the call, naming each site that cannot be fused, bottleneck adapters among them.
-        MiniLoRAError: when the model carries no injection, is wrapped in DDP, FSDP or `torch.compile`, or is
+        MiniLoRAError: when the model carries no injection, is wrapped in DDP, FSDP1 or `torch.compile`, or is
             inside `minilora.disabled`.
 
     Example:
@@ -37,19 +39,22 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         >>> [(name, tuple(tensor.shape)) for name, tensor in minilora.merged_weights(model)]
         [('0.weight', (2, 4)), ('0.bias', (2,))]
     """
-    mergeable(require_enabled(model, "merged_weights"), skip_adapters=False)
-    return _tensors(Sites(model))
+    require_enabled(model, "merged_weights")
+    sites = Sites(stand_in(model))
+    mergeable(one_by_one(sites.injected().items()), skip_adapters=False)
+    return _tensors(sites)
 
 
 def _tensors(sites: Sites) -> Iterator[tuple[str, Tensor]]:
     yield from _own(sites.model, "")
-    whole: str | None = None
+    given: str | None = None
     for name, site in sites.items():
-        if whole is not None and name.startswith(whole):
+        if given is not None and name.startswith(given):
             continue  # inside what is trained in full, and has been given
-        whole = f"{name}." if site.trained_in_full else None
-        fused = _fused(site)
-        if whole is None:
+        given = f"{name}." if site.trained_in_full else None
+        with at_hand(site):
+            fused = _fused(site)
+        if given is None:
             yield from _own(fused, f"{name}.")
         else:
             yield from _state(fused, f"{name}.")
@@ -87,4 +92,4 @@ def _childless(module: nn.Module) -> nn.Module:
 
 def _state(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     state: dict[str, object] = module.state_dict(prefix=prefix)
-    yield from ((name, value) for name, value in state.items() if isinstance(value, Tensor))
+    yield from ((name, whole(value)) for name, value in state.items() if isinstance(value, Tensor))

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ....config import Config, LoRAConfig, RowsConfig
+from ....distributed.gathering import whole
 from ....errors import CheckpointError, several
 from ....manifest import Manifest
 from ....names import above, described, natural
@@ -49,18 +50,16 @@ def write(path: Path, contents: Contents, sites: Sites | None = None, *, portabl
         OSError: when the folder cannot be written.
     """
     made = composed(contents, sites, path, portable=portable)
-    files: dict[str, Iterable[bytes | bytearray]] = {
-        TENSOR_FILE: chunks_of(entries_of(made.tensors), made.metadata)
-    }
-    if may_be_replaced(path / CARD_FILE):
-        files[CARD_FILE] = [model_card(made.config, made.manifest).encode()]
-    files[CONFIG_FILE] = [json.dumps(made.config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
-    if path.is_dir():
-        write_together(path, files)
-    else:
-        with new_folder(path) as folder:
-            for name, chunks in files.items():
-                write_whole(folder / name, chunks)
+    if not path.is_dir():
+        try:
+            with new_folder(path) as folder:
+                for name, chunks in made.files(path).items():
+                    write_whole(folder / name, chunks)
+            return
+        except (CheckpointError, OSError):
+            if not path.is_dir():
+                raise  # else another process, which saves the same, was the first to make the folder
+    write_together(path, made.files(path))
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,16 @@ class Composed:
     """The JSON of `adapter_config.json`."""
     manifest: Manifest
     """What was asked for, as PEFT knows it."""
+
+    def files(self, folder: Path) -> dict[str, Iterable[bytes | bytearray]]:
+        """Return what each file of a folder shall hold; without the last, no reader takes it for anything."""
+        files: dict[str, Iterable[bytes | bytearray]] = {
+            TENSOR_FILE: chunks_of(entries_of(self.tensors), self.metadata)
+        }
+        if may_be_replaced(folder / CARD_FILE):
+            files[CARD_FILE] = [model_card(self.config, self.manifest).encode()]
+        files[CONFIG_FILE] = [json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n"]
+        return files
 
 
 def composed(
@@ -274,7 +283,7 @@ def _frozen_but_caught(trainable: Sequence[str], sites: Sites | None) -> dict[st
     """
     heads, loose = set(trainable), LooseEnds(trainable)
     return {
-        f"{name}.{key}": tensor
+        f"{name}.{key}": whole(tensor)
         for name, site in (sites or {}).items()
         if name not in heads and loose.of(name)
         for key, tensor in site.bare.state_dict().items()
