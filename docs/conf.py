@@ -29,6 +29,7 @@ NAVIGATION = {
             "new-tokens",
             "saving",
             "merging",
+            "quantized",
         ),
         *("adapters", "many-adapters", "serving", "coming-from-peft", "faq"),
     ],

@@ -21,6 +21,7 @@ from .layout import Layout
 from .linear import call_problem, computes_plainly, is_plain, linear_shape
 from .lora import LoRA
 from .module import InjectedModule, bare_module
+from .quantized.layers import require_gradient, why_not_merged
 from .torch_internals import AttentionOutput, is_compiling, own_tensors
 from .variants.delta_linear import delta_linear
 from .variants.dora_linear import magnitude_linear
@@ -65,7 +66,8 @@ class LoRALinear(LoRA):
         """Map (..., in) to (..., out), in the base's output dtype; called just as the base is.
 
         Raises:
-            MiniLoRAError: when the layer is merged and would be trained, which could have no effect.
+            MiniLoRAError: when the layer is merged and would be trained, which could have no effect; when a
+                quantised base in training cuts the gradient of its input.
         """
         if self.merged or not self.enabled:
             self.require_unmerged_to_train()
@@ -75,6 +77,7 @@ class LoRALinear(LoRA):
             return self._in_its_stead(args[0], dropout)
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = dropped(args[0] if args else next(iter(kwargs.values())), dropout)
+        require_gradient(self, x, y)
         bias = self.lora_bias if self.config.lora_bias else None
         return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling, bias))  # type: ignore[no-any-return]
 
@@ -122,12 +125,7 @@ class LoRALinear(LoRA):
                 "pruning), so nothing can take its place; run it unmerged, or make it a plain parameter "
                 "first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
             )
-        weight = getattr(self.bare, "weight", None) if weight is None else weight
-        dtype = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
-        return (
-            f"the weight of {name}, a {type(weight).__name__}{dtype}, is not a plain floating-point tensor, "
-            "so W + scaling B A cannot be formed; run it unmerged, or load the base in floating point"
-        )
+        return why_not_merged(self.bare)
 
 
 def can_stand_in(layer: nn.Module, x: Tensor) -> bool:
