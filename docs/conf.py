@@ -31,7 +31,7 @@ NAVIGATION = {
             "merging",
             "quantized",
         ),
-        *("adapters", "many-adapters", "serving", "coming-from-peft", "faq"),
+        *("adapters", "many-adapters", "serving", "export", "coming-from-peft", "faq"),
     ],
     "Reference": ["reference", "files", "peft-settings"],
     "Background": ["how-it-works", "results", "performance", "decisions/README"],

@@ -252,12 +252,16 @@ def test_where_fusing_fails_the_quantised_layers_are_back(name: str) -> None:
 
 
 @each
-def test_a_layer_without_an_injection_stays_quantised(name: str) -> None:
+def test_a_layer_without_lora_stays_quantised(name: str) -> None:
     model = minilora.inject(ALL[name].build(), "0")
     other = model[2]
     minilora.fuse(model, dequantize=True)
     assert model[2] is other
     assert type(model[0]) is nn.Linear
+    model = minilora.inject(minilora.inject(ALL[name].build(), "0"), "2", AdapterConfig(bottleneck=2))
+    other = model[2].base
+    minilora.fuse(model, dequantize=True, skip_adapters=True)
+    assert model[2].base is other
 
 
 @each
