@@ -201,9 +201,8 @@ def _unknown_to_loaders(
         for wrapper in fused.intersection(site.wrappers):
             replaced = wrapper.replaced_by_merging()
             tied += [f"{name}.{n}" for n, p in replaced.items() if owners.get(id(p), set()) - {site.bare}]
-            grown += (
-                [name] if isinstance(wrapper, Mergeable) and len(wrapper.replaces) > len(replaced) else []
-            )
+            grows = isinstance(wrapper, Mergeable) and len(wrapper.replaces) > len(replaced)
+            grown += [name] if grows else []
     if tied:
         yield (
             f"{quoted(tied)} was tied to another weight and is one of its own once fused. Let no loader tie "
