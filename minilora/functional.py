@@ -87,17 +87,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def prefers_weight_form(tokens: int, out_features: int, in_features: int) -> bool:
-    """Return whether the weight form moves less memory than the delta form.
-
-    Building W_eff reads W and writes W_eff, once in the forward and once in the backward: 4 in out. The
-    delta form reads x for x A^T, reads and writes y in the forward, and reads and writes dx in the backward:
-    n (3 in + 2 out). The rank weighs on both sides alike and cancels; the four skinny products of the
-    backward are the same in both.
-    """
-    return tokens * (3 * in_features + 2 * out_features) > 4 * in_features * out_features
-
-
 def add_low_rank(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, lora_bias: Tensor | None = None
 ) -> Tensor:

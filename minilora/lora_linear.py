@@ -1,7 +1,7 @@
 """`LoRALinear`: the fast path of `LoRA` for linear layers, quantised ones included.
 
 Where the base's call does nothing but y = x W^T + b, the layer computes in its stead, with a backward of its
-own: in the weight form or in the delta form, whichever moves less memory (`functional` tells). Else, and
+own: in the weight form or in the delta form, whichever moves less memory (`variants.choice` tells). Else, and
 while torch.compile is tracing, it calls the base as it is and adds the low-rank product. A quantised layer
 has no weight to substitute, and needs none here.
 """
@@ -16,12 +16,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .config import LoRAConfig
 from .errors import TargetError
-from .functional import add_low_rank, prefers_weight_form
+from .functional import add_low_rank
 from .layout import Layout
-from .linear import call_problem, computes_plainly, is_plain, linear_shape
+from .linear import call_problem, is_plain, linear_shape
 from .lora import LoRA
 from .module import InjectedModule, bare_module
-from .torch_internals import AttentionOutput, is_compiling, own_tensors
+from .quantized.layers import require_gradient, why_not_merged
+from .torch_internals import AttentionOutput, own_tensors
+from .variants.choice import can_stand_in, takes_weight_form
 from .variants.delta_linear import delta_linear
 from .variants.dora_linear import magnitude_linear
 from .variants.dropout import dropped
@@ -65,7 +67,8 @@ class LoRALinear(LoRA):
         """Map (..., in) to (..., out), in the base's output dtype; called just as the base is.
 
         Raises:
-            MiniLoRAError: when the layer is merged and would be trained, which could have no effect.
+            MiniLoRAError: when the layer is merged and would be trained, which could have no effect; when a
+                quantised base in training cuts the gradient of its input.
         """
         if self.merged or not self.enabled:
             self.require_unmerged_to_train()
@@ -75,6 +78,7 @@ class LoRALinear(LoRA):
             return self._in_its_stead(args[0], dropout)
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
         x = dropped(args[0] if args else next(iter(kwargs.values())), dropout)
+        require_gradient(self, x, y)
         bias = self.lora_bias if self.config.lora_bias else None
         return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling, bias))  # type: ignore[no-any-return]
 
@@ -122,40 +126,4 @@ class LoRALinear(LoRA):
                 "pruning), so nothing can take its place; run it unmerged, or make it a plain parameter "
                 "first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
             )
-        weight = getattr(self.bare, "weight", None) if weight is None else weight
-        dtype = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
-        return (
-            f"the weight of {name}, a {type(weight).__name__}{dtype}, is not a plain floating-point tensor, "
-            "so W + scaling B A cannot be formed; run it unmerged, or load the base in floating point"
-        )
-
-
-def can_stand_in(layer: nn.Module, x: Tensor) -> bool:
-    """Return whether y = x W^T + b, by functions of our own, does what a call of the layer does.
-
-    Args:
-        layer: linear, unmerged.
-        x: (..., in), which it would be called with.
-    """
-    # Choosing by the number of tokens would be a graph for each side of it, at every layer shape.
-    if is_compiling() or x.is_nested or not computes_plainly(layer):
-        return False
-    weight, bias = own_tensors(layer)["weight"], own_tensors(layer).get("bias")
-    same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
-    # Those functions have no gradient for what somebody has thawed.
-    return same and not (weight.requires_grad or (bias is not None and bias.requires_grad))
-
-
-def takes_weight_form(x: Tensor, dtype: torch.dtype, layout: Layout) -> bool:
-    """Return whether the weight form loses nothing and is the cheaper one.
-
-    In 16 bits W_eff would round small updates away; under autocast W itself is still whole.
-
-    Args:
-        x: (..., in), which the layer would be called with.
-        dtype: of its weight.
-        layout: of its weight.
-    """
-    tokens = x.numel() // layout.inputs
-    whole = dtype in (torch.float32, torch.float64)
-    return whole and prefers_weight_form(tokens, layout.outputs, layout.inputs)
+        return why_not_merged(self.bare)

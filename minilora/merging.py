@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from .mergeable import Mergeable
 from .module import InjectedModule
 from .names import described
 from .problems import Problems
+from .quantized.layers import dequantized
+from .quantized.weights import is_quantized
 from .sites import Site, replace_modules, require_enabled, require_injected, require_whole
 from .torch_internals import own_parameters, own_tensors, persistent_buffers, put_buffer
 
@@ -79,7 +82,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def fuse(
-    model: nn.Module, *, dtype: torch.dtype | str | None = None, skip_adapters: bool = False
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | str | None = None,
+    skip_adapters: bool = False,
+    dequantize: bool = False,
 ) -> nn.Module:
     """Make the model plain again with the training in its weights, for serving. Final.
 
@@ -90,9 +97,15 @@ def fuse(
     Args:
         model: an injected model; changed in place.
         dtype: a floating-point dtype or its name. None keeps each weight's own. Otherwise floating
-            parameters and buffers of the whole model are cast to it; buffers that are not part of
-            `state_dict`, such as tables of rotary frequencies, keep the precision that they were computed in.
+            parameters and buffers of the whole model are cast to it, but for quantised ones; buffers that are
+            not part of `state_dict`, such as tables of rotary frequencies, keep the precision that they were
+            computed in.
         skip_adapters: leave bottleneck adapters, which cannot be fused, as they are.
+        dequantize: put a plain `nn.Linear` in the place of each quantised layer with LoRA, with the weight
+            that its library gives back, in the dtype from before it was quantised: bitsandbytes' 4 and 8
+            bits (of 8 the dtype is not known: float32), torchao's tensors. What quantising took stays lost,
+            the layer takes the memory of a plain one, and other layers stay quantised. Where the
+            quantised layer rounds its input as well, the plain one answers differently by that.
 
     Returns:
         The model itself.
@@ -105,7 +118,8 @@ def fuse(
 
     Warns:
         UserWarning: when a fused weight was tied to another one, from which it now differs; when a layer
-            that had no bias has one once fused, being that of B.
+            that had no bias has one once fused, being that of B; when transformers' config of a dequantised
+            model still says that it is quantised.
 
     Example:
         >>> model = minilora.inject(nn.Sequential(nn.Linear(8, 8)), "0")
@@ -118,12 +132,13 @@ def fuse(
             f"fuse casts to floating-point dtypes, not to {dtype!r}; the model has not been changed"
         )
     require_whole(model, "fuse before fully_shard; merged_weights(model) yields what a fused model holds")
-    injected = require_enabled(model, "fuse")
-    wrappers = mergeable(injected.items(), skip_adapters, to)
-    if to is not None and (problems := _beyond(model, to, wrappers)):
-        raise MergeError(several(problems, outcome="the model has not been changed"))
-    for unknown in _unknown_to_loaders(model, injected, wrappers):
-        warnings.warn(unknown, UserWarning, stacklevel=2)
+    with dequantized(model) if dequantize else nullcontext():
+        injected = require_enabled(model, "fuse")
+        wrappers = mergeable(injected.items(), skip_adapters, to)
+        if to is not None and (problems := _beyond(model, to, wrappers)):
+            raise MergeError(several(problems, outcome="the model has not been changed"))
+        for unknown in _unknown_to_loaders(model, injected, wrappers):
+            warnings.warn(unknown, UserWarning, stacklevel=2)
     plain: dict[nn.Module, nn.Module] = {}
     try:
         for wrapper in wrappers:
@@ -167,7 +182,7 @@ def _beyond(model: nn.Module, dtype: torch.dtype, wrappers: Iterable[InjectedMod
         name
         for name, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor)
-        and is_float_dtype(tensor.dtype)
+        and not is_quantized(tensor)
         and torch.finfo(tensor.dtype).max > largest
         and id(tensor) not in gone
         and not tensor.is_meta
@@ -190,9 +205,8 @@ def _unknown_to_loaders(
         for wrapper in fused.intersection(site.wrappers):
             replaced = wrapper.replaced_by_merging()
             tied += [f"{name}.{n}" for n, p in replaced.items() if owners.get(id(p), set()) - {site.bare}]
-            grown += (
-                [name] if isinstance(wrapper, Mergeable) and len(wrapper.replaces) > len(replaced) else []
-            )
+            grows = isinstance(wrapper, Mergeable) and len(wrapper.replaces) > len(replaced)
+            grown += [name] if grows else []
     if tied:
         yield (
             f"{quoted(tied)} was tied to another weight and is one of its own once fused. Let no loader tie "
@@ -208,7 +222,7 @@ def _unknown_to_loaders(
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and not is_quantized(parameter):
                 parameter.data = parameter.data.to(dtype)
         tensors = own_tensors(module)
         for name in list(persistent_buffers(module)):

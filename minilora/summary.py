@@ -9,6 +9,7 @@ from torch import nn
 from .mergeable import Mergeable
 from .module import InjectedModule
 from .names import generic, outermost_of
+from .quantized.weights import matrix_size, weight_count
 from .sites import Sites, require_unwrapped
 from .torch_internals import own_parameters, put_shards_back
 from .trained import TrainedParameter
@@ -106,9 +107,8 @@ def summary(model: nn.Module) -> Summary:
     for name, site in injected.items():
         for wrapper in site.wrappers:
             state = "merged" if wrapper.merged else "active" if wrapper.enabled else "disabled"
-            groups.setdefault((generic(wrapper.placed_at(name)), wrapper.description(), state), []).append(
-                wrapper
-            )
+            row = (generic(wrapper.placed_at(name)), wrapper.description(), state)
+            groups.setdefault(row, []).append(wrapper)
     rows = [
         SummaryRow(
             sites=sites,
@@ -130,7 +130,7 @@ def summary(model: nn.Module) -> Summary:
         model=type(model).__name__,
         rows=tuple(rows),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        base=sum(p.numel() for p in model.parameters() if id(p) not in added),
+        base=weight_count(model, without=added),
         reached=reached,
         left_out=left_out,
     )
@@ -151,12 +151,12 @@ def _reach(sites: Sites) -> tuple[float | None, tuple[tuple[str, int], ...]]:
         lora = [w for w in over if isinstance(w, Mergeable)]
         if lora:  # merged, another one stands there
             matrix = lora[0].replaced_by_merging().get(lora[0].parameter, matrix)
-        if matrix is None or matrix.dim() < 2 or not matrix.is_floating_point():
+        if matrix is None or not (size := matrix_size(site.bare, site.parameter or "")):
             continue
         in_full = any(isinstance(w, TrainedParameter) for w in over)
         if in_full or outermost_of(site.owner, trained) is not None:
             continue  # trained in full
-        sizes[id(matrix)] = matrix.numel()
+        sizes[id(matrix)] = size
         names.setdefault(id(matrix), generic(site.owner if site.parameter == "weight" else site.name))
         if lora:
             under.add(id(matrix))

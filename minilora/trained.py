@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .errors import TargetError, listed
 from .frozen import thaw
 from .module import InjectedModule, bare_module, require_called
+from .quantized.weights import quantized_layers
 from .torch_internals import own_parameters, put_parameter
 from .view import Substitution
 
@@ -49,6 +50,8 @@ class TrainableHead(InjectedModule):
         require_called(base)
         if not any(parameter.is_floating_point() for parameter in base.parameters()):
             raise TargetError("trainable names a module without floating-point parameters")
+        if quantized_layers(base):
+            raise TargetError("it is quantised, so only biases could be trained: keep it in floating point")
         super().__init__(base)
         self.trained = thaw(copy.deepcopy(base))
         for parameter in self.trained.parameters():

@@ -21,6 +21,7 @@ CORE = [
     ["linear"],
     ["module"],
     ["adapter", "frozen", "layout", "sites", "view"],
+    ["quantized"],
     ["mergeable", "targets", "ties", "trained", "variants"],
     ["weight"],
     ["lora", "rows"],
@@ -28,10 +29,10 @@ CORE = [
     ["plan", "summary"],
     ["inject", "merging"],
 ]
-# One room is in the core: the variants. On the core stands that of what processes share, on it the room of
-# answers, on that those of files, of trainers and of banks, on all of them the package's public face, and on
-# that the command line.
-ROOMS = ["variants", "distributed", "diagnosis", "files", "trainers", "bank", "cli"]
+# Two rooms are in the core: the variants, and quantised layers. On the core stands that of what processes
+# share, on it the room of answers, on that those of files, of trainers and of banks, on all of them the
+# package's public face, and on that the command line.
+ROOMS = ["variants", "quantized", "distributed", "diagnosis", "files", "trainers", "bank", "cli"]
 DOORS = ["__init__", "__main__"]
 
 

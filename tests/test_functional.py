@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minilora.functional import add_low_rank, effective_weight, prefers_weight_form
+from minilora.functional import add_low_rank, effective_weight
+from minilora.variants.choice import prefers_weight_form
 from minilora.variants.delta_linear import delta_linear
 from minilora.variants.dropout import kept
 from minilora.variants.plain_linear import effective_linear

@@ -13,7 +13,7 @@ from torch import nn
 import minilora
 from minilora import LoRAConfig, LoRALinear, MergeError, MiniLoRAError, TargetError
 
-TOKENS = {"few": (2, 3), "many": (40, 3)}  # on both sides of functional.prefers_weight_form
+TOKENS = {"few": (2, 3), "many": (40, 3)}  # on both sides of variants.choice.prefers_weight_form
 in_shapes = pytest.mark.parametrize("shape", TOKENS.values(), ids=TOKENS)
 
 

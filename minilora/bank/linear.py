@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ..config import LoRAConfig
-from ..lora_linear import can_stand_in, takes_weight_form
 from ..torch_internals import own_tensors
+from ..variants.choice import can_stand_in, takes_weight_form
 from ..variants.plain_linear import effective_linear
 from .gathered import add_by_row, dropped
 from .rows import Rows

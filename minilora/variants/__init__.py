@@ -2,6 +2,7 @@
 
 initial.py        the initialisations of A and B, and the change since
 bias.py           a bias of B
+choice.py         which form a linear layer computes in
 plain_linear.py   plain LoRA on a linear layer in the weight form
 delta_linear.py   the same in the delta form
 dropout.py        what dropout makes of the input of A
