@@ -22,7 +22,7 @@ from ...atomic import new_folder, write_together, write_whole
 from ...contents import Contents
 from ...tensors import chunks_of, entries_of
 from .. import native
-from .card import CARD_FILE, may_be_replaced, model_card
+from .card import CARD_FILE, Figures, may_be_replaced, model_card
 from .config import CONFIG_FILE, PeftLoraConfig
 from .matching import Expressions, LooseEnds, around_left_out, expression_problem, inner_parts
 from .places import WITHOUT_DROPOUT, Place
@@ -33,7 +33,14 @@ from .task import task_of
 from .wording import worded
 
 
-def write(path: Path, contents: Contents, sites: Sites | None = None, *, portable: bool = False) -> None:
+def write(
+    path: Path,
+    contents: Contents,
+    sites: Sites | None = None,
+    *,
+    portable: bool = False,
+    figures: Figures | None = None,
+) -> None:
     """Write a folder that PEFT and vLLM load. Inverse: `reading`.
 
     Args:
@@ -43,9 +50,11 @@ def write(path: Path, contents: Contents, sites: Sites | None = None, *, portabl
         sites: of the model that carries them. They are needed for target names shorter than full ones, and to
             know that PEFT's patterns will match nothing else; None goes by the names alone.
         portable: write what every server reads alike, as `portable` has it.
+        figures: of the run, for the card.
 
     Raises:
-        CheckpointError: listing what PEFT's format cannot express, or no server takes; nothing is written.
+        CheckpointError: listing what PEFT's format cannot express, or no server takes, or saying that the
+            card is somebody's own and takes no figures; nothing is written.
         OSError: when the folder cannot be written.
     """
     made = composed(contents, sites, path, portable=portable)
@@ -53,7 +62,12 @@ def write(path: Path, contents: Contents, sites: Sites | None = None, *, portabl
         TENSOR_FILE: chunks_of(entries_of(made.tensors), made.metadata)
     }
     if may_be_replaced(path / CARD_FILE):
-        files[CARD_FILE] = [model_card(made.config, made.manifest).encode()]
+        files[CARD_FILE] = [model_card(made.config, made.manifest, made.tensors, figures or {}).encode()]
+    elif figures:
+        raise CheckpointError(
+            f"{str(path / CARD_FILE)!r} is your own and stays as it is, so the figures have no place: write "
+            "them into it and leave figures out, or move it away; nothing has been written"
+        )
     files[CONFIG_FILE] = [json.dumps(made.config, indent=2, sort_keys=True).encode() + b"\n"]  # the last
     if path.is_dir():
         write_together(path, files)
