@@ -7,14 +7,14 @@ INSTALL := $(RUN) -m pip install --disable-pip-version-check --constraint constr
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all check lint format wheel-check docs results gpu-report clean
+.PHONY: help demo test test-all check lint format wheel-check docs results gpu-report matrix clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Options: PYTHON=python3.12 makes .venv with it; ARGS=... goes to demo and test"
 
-# On what comes with the project, so that it takes a minute with the hub in reach, too; the rate was chosen
-# on the held-out part.
+# On what comes with the project, so that it takes about a minute with the hub in reach, too; the rate
+# was chosen on the held-out part.
 demo: $(VENV)/.examples  ## Fine-tune a small BERT encoder on a small sample: examples/sst2.py
 	$(RUN) examples/sst2.py --model minilm --data examples/data/movie_sentences --lr 2e-3 $(ARGS)
 
@@ -51,6 +51,10 @@ results: $(VENV)/.test  ## Write the measured figures of README and docs from th
 
 gpu-report: $(VENV)/.test  ## All that is to be measured on a GPU; ARGS="--device cpu --quick" tries it without
 	$(RUN) benchmarks/gpu_report.py $(ARGS)
+
+# In environments of their own, not in .venv; nothing but the standard library is needed to begin.
+matrix:  ## Run the tests with other versions of Python, torch and transformers, where they are in reach
+	$(PYTHON) scripts/matrix.py $(ARGS)
 
 clean:  ## Remove caches and build output (rm -r .venv removes the environment)
 	rm -rf build dist site .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import warnings
@@ -17,25 +18,30 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # so that the reference is of this checkout
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nothing here needs it
 
+TOUR = HERE.parent / "examples" / "tour.ipynb"
+
 NAVIGATION = {
     "Guide": [
         *(
             "quickstart",
+            "tour",
             "gallery",
             "targets",
             "kinds",
             "training",
             "trainer",
+            "recipes",
             "distributed",
             "new-tokens",
             "saving",
+            "hub",
             "merging",
             "quantized",
         ),
         *("adapters", "many-adapters", "serving", "export", "coming-from-peft", "faq"),
     ],
     "Reference": ["reference", "files", "peft-settings"],
-    "Background": ["how-it-works", "results", "performance", "decisions/README"],
+    "Background": ["how-it-works", "results", "performance", "compatibility", "decisions/README"],
 }
 
 project = "minilora"
@@ -73,6 +79,27 @@ def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
             )
     if page == "decisions/README":
         source[0] += "\n```{toctree}\n:glob:\n\n0*\n```\n"
+
+
+def show_notebook(app: Sphinx, page: str, source: list[str]) -> None:
+    """Put the notebook in the place of the page that leads to it, with the outputs that are stored in it."""
+    if page != "tour":
+        return
+    app.env.note_dependency(str(TOUR))
+    parts = []
+    for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"]:
+        code = cell["cell_type"] == "code"
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if code else text)
+        shown = [output.get("data", {"text/plain": output.get("text")}) for output in cell.get("outputs", ())]
+        printed = "".join("".join(data["text/plain"]) for data in shown if "image/png" not in data)
+        if printed:
+            parts.append(f"```output\n{printed.rstrip()}\n```")
+        for data in shown:
+            if "image/png" in data:
+                png = data["image/png"].replace("\n", "")
+                parts.append(f'<img alt="What this draws" src="data:image/png;base64,{png}">')
+    source[0] = "\n\n".join(parts)
 
 
 def class_signature(
@@ -113,6 +140,7 @@ class Columns(SphinxPostTransform):
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", add_navigation)
+    app.connect("source-read", show_notebook)
     app.connect("autodoc-process-signature", class_signature)
     app.connect("autodoc-process-docstring", google_style)
     app.add_post_transform(Columns)

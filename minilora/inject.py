@@ -88,7 +88,8 @@ def inject(
     heads = _members(heads, sites)
     excluded, more = select(sites, exclude, argument="exclude", left_alone=heads)
     problems += more
-    found, more = select(sites, targets, argument="targets", left_alone=heads)
+    holding = not isinstance(config, AdapterConfig)  # LoRA and rows stand on a matrix of a module's own
+    found, more = select(sites, targets, argument="targets", left_alone=heads, matrices=holding)
     problems += more
     chosen = [site for name, site in found.items() if name not in excluded]
     if found and not chosen and not more:

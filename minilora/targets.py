@@ -29,7 +29,7 @@ HINTS = 8
 
 
 def select(
-    sites: Sites, targets: Targets, *, argument: str, left_alone: Iterable[str] = ()
+    sites: Sites, targets: Targets, *, argument: str, left_alone: Iterable[str] = (), matrices: bool = False
 ) -> tuple[dict[str, Site], list[str]]:
     """Return the sites that the targets match, and every problem met on the way.
 
@@ -38,6 +38,7 @@ def select(
         targets: one target or several.
         argument: what the user calls these targets, for the messages.
         left_alone: names of modules that "all-linear" does not reach, with all that is in them.
+        matrices: whether modules with a matrix are meant; a hint names those, where one is near.
 
     Returns:
         The sites by name, in the model's order, a shared module under its first name only; and a message
@@ -58,7 +59,7 @@ def select(
         found = _all_linear(sites, left_alone) if target == ALL_LINEAR else matching(target, sites)
         if not found:
             # Comparing names is slow, and after a few hints the next ones tell nothing new.
-            hint = _hint(target, sites) if len(problems) < HINTS else ""
+            hint = _hint(target, sites, matrices) if len(problems) < HINTS else ""
             problems.append(f"{argument}: {_shown(target)} matches no module{hint}")
         matched.update(found)
     in_order = (*sites.unique(), *sites.parameters())
@@ -208,7 +209,7 @@ def _shown(target: Target) -> str:
     return repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
 
 
-def _hint(target: Target, sites: Sites) -> str:
+def _hint(target: Target, sites: Sites, matrices: bool) -> str:
     """Return what the user may have meant, for a target that matches nothing."""
     if isinstance(target, re.Pattern):
         return " in full (a pattern must match the whole dotted name; begin it with '.*')"
@@ -226,7 +227,10 @@ def _hint(target: Target, sites: Sites) -> str:
         return f"; did you mean {ALL_LINEAR!r}?"
     if re.search(r"[*+?\[\]()|^$\\]", target):
         return "; a string is a name, not a pattern: did you mean re.compile(...)?"
-    return _nearest(target, sites) or _nearest(target, [site.name for site in sites.parameters()])
+    own = {name: own_parameters(site.bare).values() for name, site in sites.items()}
+    holding = [name for name in own if matrices and any(p is not None and p.dim() > 1 for p in own[name])]
+    names = (holding, sites, [site.name for site in sites.parameters()])
+    return next(filter(None, (_nearest(target, each) for each in names)), "")
 
 
 def _nearest(target: str, names: Iterable[str]) -> str:

@@ -1,4 +1,6 @@
-"""Write the measured figures of README.md and of the pages of results: python scripts/make_results.py.
+"""Write the measured figures of README.md and of the pages of results: make results.
+
+    python scripts/make_results.py --check
 
 A page says where a block of figures stands, between `<!-- figures: NAME -->` and `<!-- end -->`; what stands
 there comes from the files under docs/results/ and benchmarks/results/ that the examples and the benchmarks
@@ -14,9 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # whose tables some of these are,
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # and whose others
+sys.path.insert(0, str(Path(__file__).parent))  # whose tables some of these are,
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # and whose others,
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # and whose the rest
 
+import matrix
 import sweep
 from bench.markdown import compared, curve, grid, memory_cell, ratio_cell
 from bench.parity import SPLITS, Parity, accuracies, accuracy, gaps
@@ -29,6 +33,7 @@ PAGES = (
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "many-adapters.md",
+    ROOT / "docs" / "compatibility.md",
 )
 RUNS = ROOT / "docs" / "results"
 BENCHMARKS = ROOT / "benchmarks" / "results"
@@ -102,6 +107,64 @@ def full_sst2() -> str:
     header = ["after epoch", "training loss"]
     splits = (f"{words} ({counts[split]:,})" for split, words in SPLITS.items())
     return f"{grid([*header, *splits], lines)}\n\n{facts(content)}"
+
+
+def sample() -> str:
+    """The sentences that come with the project: one run for each seed."""
+    runs = [run(f"sample-minilm-lora-{seed}") for seed in range(3)]
+    counts = runs[0]["data"]["examples"]
+    lines = [
+        [
+            str(content["seed"]),
+            f"{content['epochs'][-1]['train_loss']:.4f}",
+            *(
+                f"{content['before'][split]['accuracy']:.4f} -> {content['final'][split]['accuracy']:.4f}"
+                for split in SPLITS
+            ),
+            f"{content['seconds']:.0f}",
+        ]
+        for content in runs
+    ]
+    header = ["seed", "training loss, last epoch"]
+    splits = (f"{words} ({counts[split]:,})" for split, words in SPLITS.items())
+    table = grid([*header, *splits, "seconds, start to end"], lines)
+    return f"{table}\n\n{facts(runs[0])}"
+
+
+def decoder() -> str:
+    """The decoder that learns to answer: one run for each seed."""
+    runs = [run(f"questions-decoder-{seed}") for seed in range(3)]
+    lines = [
+        [
+            str(content["arguments"]["seed"]),
+            f"{content['train_loss']['questions'][-1]:.4f}",
+            *(
+                f"{content['perplexity'][text]['before']:.1f} -> {content['perplexity'][text]['after']:.1f}"
+                for text in ("questions", "sentences")
+            ),
+            f"{sum(not entry['before'] for entry in content['written'])} of {len(content['written'])}",
+            f"{sum(not entry['after'] for entry in content['written'])} of {len(content['written'])}",
+        ]
+        for content in runs
+    ]
+    header = ["seed", "training loss, last epoch", "perplexity, questions", "perplexity, sentences"]
+    table = grid([*header, "no answer before", "no answer after"], lines)
+    checks = {name: [content["checks"][name] for content in runs] for name in runs[0]["checks"]}
+    held = ", ".join(f"{name} in {sum(each)} of {len(each)} runs" for name, each in checks.items())
+    parameters, versions = runs[0]["parameters"], runs[0]["versions"]
+    told = [
+        f"trained: {parameters['trainable']:,} of {parameters['base']:,} parameters",
+        f"the same tokens again: {held}",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+    ]
+    return "\n".join([table, "", *(f"- {line}" for line in told)])
+
+
+def answers() -> str:
+    """What the decoder of the first seed writes."""
+    written = run("questions-decoder-0")["written"]
+    lines = [f"| {entry['question']} | {entry['after'].strip()} |" for entry in written]
+    return "\n".join(["| question, held out | answer, drawn |", "|---|---|", *lines])
 
 
 def facts(content: dict[str, Any]) -> str:
@@ -288,6 +351,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speeds": speeds,
     "sst2-in-full": full_sst2,
     "sst2-sweep": lambda: sweep.table(run("sst2-sweep")["runs"]),
+    "sample": sample,
+    "decoder": decoder,
+    "decoder-answers": answers,
+    "matrix": lambda: matrix.table(matrix.recorded(RUNS / "matrix.json")),
     "parity-accuracies": lambda: accuracies(parity()),
     "parity-gaps": lambda: gaps(parity()),
     "imdb": imdb,

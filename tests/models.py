@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+
+
+def transformers_major() -> int:
+    """Return which transformers is installed; 5 where it is none, and nothing asks."""
+    try:
+        return int(importlib.metadata.version("transformers").partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return 5
+
+
+VIT_MLP = ("fc1", "fc2") if transformers_major() >= 5 else ("intermediate.dense", "layer.0.output.dense")
+"""The two linear layers of a ViT's MLP, which had other names before transformers 5."""
 
 
 class MLP(nn.Module):
@@ -105,7 +118,9 @@ def bert() -> nn.Module:
 def t5() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     shape = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    config = transformers.T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        **shape, dropout_rate=0.0, initializer_factor=0.7, decoder_start_token_id=0
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -195,7 +210,7 @@ GRID = [
     Case("bert", bert, on_ids, ("query", "value", "output.dense"), 13),
     Case("t5", t5, on_ids_twice, ("q", "v", "wo", "lm_head"), 16),
     Case("gpt2", gpt2, on_ids, ("c_attn", "c_fc", "lm_head"), 4),
-    Case("vit", vit, on_images, ("fc1", "fc2"), 6),
+    Case("vit", vit, on_images, VIT_MLP, 6),
     Case("llama", llama, on_ids, ("q_proj", "v_proj", "down_proj"), 7),
 ]
 CASES = {case.name: case for case in GRID}

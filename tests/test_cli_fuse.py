@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from checks import injected_modules, randomise
 from command_line import Output, assert_close, assert_same_state, loaded, logits, run, trained
-from models import BERT, CASES
+from models import BERT, CASES, VIT_MLP, transformers_major
 from torch import Tensor, nn
 
 import minilora
@@ -47,7 +47,7 @@ FUSED = {
     "bert": (("query", "value", "output.dense"), ("classifier",)),
     "gpt2": (("c_attn", "c_fc", "attn.c_proj"), ()),
     "t5": (("q", "v", "wo"), ()),
-    "vit": (("fc1", "fc2"), ("classifier",)),
+    "vit": (VIT_MLP, ("classifier",)),
     "llama": (("q_proj", "v_proj", "down_proj", "lm_head"), ()),
 }
 
@@ -80,6 +80,7 @@ def _described(folder: Path) -> Any:
     return dict(base.tensors), index, sizes, base.config
 
 
+@pytest.mark.skipif(transformers_major() < 5, reason="the names are still those of the first version")
 def test_weights_under_other_names_are_known_by_their_values(tmp_path: Path) -> None:
     """transformers saves a ViT under the names of its first version."""
     CASES["vit"].build().save_pretrained(tmp_path / "base")

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from checks import randomise, unchanged
-from models import BERT, CASES, Shared
+from models import BERT, CASES, VIT_MLP, Shared
 from torch import Tensor, nn
 
 import minilora
@@ -73,7 +73,7 @@ MODELS: dict[str, tuple[Make, Run, list[str], list[str]]] = {
     "distilbert": (distilbert, CASES["bert"].run, ["q_lin", "lin2"], ["pre_classifier", "classifier"]),
     "gpt2": (CASES["gpt2"].make, CASES["gpt2"].run, ["c_attn", "c_fc", "c_proj"], []),
     "t5": (CASES["t5"].make, CASES["t5"].run, ["q", "v", "wo"], []),
-    "vit": (CASES["vit"].make, CASES["vit"].run, ["fc1", "fc2"], ["classifier"]),
+    "vit": (CASES["vit"].make, CASES["vit"].run, list(VIT_MLP), ["classifier"]),
     "llama": (CASES["llama"].make, CASES["llama"].run, ["q_proj", "down_proj"], []),
     "whisper": (whisper, on_sound, ["q_proj", "out_proj"], []),
 }
@@ -687,7 +687,7 @@ def test_a_head_in_a_wider_dtype_is_rounded_as_peft_rounds_it(tmp_path: Path) ->
 def saved_base(name: str, folder: Path) -> nn.Module:
     """Return a bare model that knows where it came from."""
     fresh(name).save_pretrained(folder)
-    model = type(fresh(name)).from_pretrained(folder).eval()
+    model = type(fresh(name)).from_pretrained(folder, dtype="auto").eval()
     assert model.name_or_path == str(folder)
     return model
 

@@ -18,7 +18,7 @@ from models import CASES
 from torch import nn
 
 import minilora
-from minilora import CheckpointError, LoRAConfig
+from minilora import CheckpointError, LoRAConfig, MiniLoRAError
 from minilora.files import atomic
 from minilora.files.formats import peft
 from minilora.files.formats.peft import reader
@@ -291,6 +291,43 @@ def test_a_card_of_ones_own_is_kept(folder: Path) -> None:
         card.write_bytes(own.encode(errors="surrogateescape"))
         minilora.save(trained(), folder, format="peft")
         assert card.read_bytes() == own.encode(errors="surrogateescape")
+
+
+def test_the_card_tells_figures_that_are_given(folder: Path) -> None:
+    card, plain = folder / "README.md", (folder / "README.md").read_text()
+    assert "figure" not in plain
+    assert f"format: {sum(t.numel() for t in minilora.adapter_state_dict(trained()).values())} par" in plain
+    figures = {"validation accuracy": 0.8796, "seeds": 3, "data |\nsplit": "GLUE | SST-2"}
+    minilora.save(trained(), folder, format="peft", figures=figures)
+    table = "| validation accuracy | 0.8796 |\n| seeds | 3 |\n| data \\| split | GLUE \\| SST-2 |\n"
+    assert f"\n\n| figure | value |\n|---|---|\n{table}\n" in card.read_text()
+    before = contents(folder)
+    minilora.save(trained(), folder, format="peft")  # they were of another run
+    assert card.read_text() == plain
+    assert {**before, "README.md": plain.encode()} == contents(folder)
+
+
+def test_figures_that_have_no_place_are_refused(folder: Path) -> None:
+    def refused(says: str, **how: Any) -> None:
+        before = contents(folder)
+        with pytest.raises(MiniLoRAError, match=says):
+            minilora.save(trained(seed=1), folder, **{"format": "peft", "figures": {"loss": 0.1}, **how})
+        assert contents(folder) == before
+
+    refused(r'figures go with format="peft"', format="minilora")
+    refused(r"not 'loss': tensor\(0\.5000\) of type Tensor: .*item", figures={"loss": torch.tensor(0.5)})
+    refused(r"a mapping, not a float: figures=\{", figures=0.1)
+    (folder / "README.md").write_text("# Mine\n")
+    refused(r"README\.md' is your own .* leave figures out")
+
+
+def test_the_card_of_dora_and_of_a_base_on_disk(tmp_path: Path) -> None:
+    model = minilora.inject(mlp(), "up", LoRAConfig(r=2, dora=True), trainable=())
+    model.name_or_path = "/disk/model"
+    minilora.save(model, tmp_path / "a", format="peft")
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "| `up` | 1 | DoRA, r = 2, alpha = 16 |" in text
+    assert "/disk" not in text
 
 
 def test_the_card_of_two_methods_is_grouped(tmp_path: Path) -> None:

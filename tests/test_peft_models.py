@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import transformers_major
 from torch import Tensor, nn
 
 import minilora
@@ -99,9 +100,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], d
 }
 
 
+NEWER = {
+    "qwen3_moe": "each expert has modules of its own before transformers 5",
+    "mixtral": "each expert has modules of its own before transformers 5",
+    "clip": "its mask is float32 before transformers 5, whatever the model's dtype",
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_both_ways(name: str, tmp_path: Path) -> None:
     make, run, fields = CASES[name]
+    if name in NEWER and transformers_major() < 5:
+        pytest.skip(NEWER[name])
 
     def bare() -> nn.Module:
         torch.manual_seed(0)

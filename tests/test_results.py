@@ -29,7 +29,7 @@ def make_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     spec.loader.exec_module(module)
     yield module
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("bench", "finetune", "sweep"):
+        if name.partition(".")[0] in ("bench", "finetune", "matrix", "sweep"):
             del sys.modules[name]
 
 

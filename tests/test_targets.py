@@ -9,7 +9,7 @@ from models import CASES, MLP, Shared, on_grid, on_heads
 from torch import nn
 
 import minilora
-from minilora import LoRAConfig, MiniLoRAError, TargetError
+from minilora import AdapterConfig, LoRAConfig, MiniLoRAError, RowsConfig, TargetError
 from minilora.sites import Sites
 from minilora.targets import choices, head_modules, select
 
@@ -115,6 +115,23 @@ def bert_like():
     return nn.ModuleDict(
         {"attention": nn.ModuleDict({k: nn.Linear(4, 4) for k in ("query", "key", "value")})}
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "near"),
+    [
+        (LoRAConfig(), "embeding", "'embed_tokens' (x1)"),
+        (RowsConfig(rows=[1]), "embeding", "'embed_tokens' (x1)"),
+        (AdapterConfig(), "embeding", "'embedding' (x1), 'embedding.norm' (x1), 'embed_tokens' (x1)"),
+        (LoRAConfig(), "norn", "'norm' (x1)"),  # nothing with a matrix is near
+    ],
+)
+def test_a_hint_names_what_the_config_can_stand_on(config, target, near):
+    embedding = nn.ModuleDict({"embed_tokens": nn.Embedding(4, 4), "norm": nn.LayerNorm(4)})
+    model = nn.ModuleDict({"embedding": embedding})
+    with unchanged(model), pytest.raises(TargetError) as caught:
+        minilora.inject(model, target, config)
+    assert f"nearest: {near}\n" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +38,25 @@ def test_the_outputs_are_there_and_fit_to_be_shown():
     assert TOUR.stat().st_size < 100_000
     wide = [line for cell in cells() for line in cell.source.splitlines() if len(line) > 88]
     assert wide == []
+
+
+def test_the_site_shows_the_notebook():
+    pytest.importorskip("sphinx")
+    conf = runpy.run_path(str(TOUR.parents[1] / "docs" / "conf.py"))
+    read, source = [], ["a page that leads to it"]
+    app = SimpleNamespace(env=SimpleNamespace(note_dependency=read.append))
+    conf["show_notebook"](app, "quickstart", source)
+    assert source == ["a page that leads to it"]
+    conf["show_notebook"](app, "tour", source)
+    assert read == [str(TOUR)]
+    for cell in nbformat.read(TOUR, as_version=4).cells:
+        assert (f"```python\n{cell.source}\n```" if cell.cell_type == "code" else cell.source) in source[0]
+        lines = shown(cell) if cell.cell_type == "code" else []
+        if lines and not lines[0].startswith("<Figure"):  # what a picture is called is not shown
+            assert source[0].index(cell.source) < source[0].index(lines[0])
+    assert source[0].startswith("# A tour")
+    pictures = sum("image/png" in o.get("data", {}) for cell in cells() for o in cell.outputs)
+    assert source[0].count('src="data:image/png;base64,') == pictures == 1
 
 
 @pytest.mark.slow

@@ -22,9 +22,20 @@ task.py       what the config tells of the model
 card.py       README.md
 """
 
+from .card import Figures, require_figures
 from .config import CONFIG_FILE
 from .keys import PREFIX
 from .reader import TENSOR_FILE, reading, tensor_file
 from .writer import composed, write
 
-__all__ = ["CONFIG_FILE", "PREFIX", "TENSOR_FILE", "composed", "reading", "tensor_file", "write"]
+__all__ = [
+    "CONFIG_FILE",
+    "PREFIX",
+    "TENSOR_FILE",
+    "Figures",
+    "composed",
+    "reading",
+    "require_figures",
+    "tensor_file",
+    "write",
+]

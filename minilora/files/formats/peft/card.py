@@ -6,13 +6,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from ....config import LoRAConfig, RowsConfig
+from ....errors import MiniLoRAError
 from ....manifest import Manifest
 from ....names import generic
 
 CARD_FILE = "README.md"
+
+Figures: TypeAlias = Mapping[str, float | str]
+"""What a run gave, by the words for it."""
 
 OURS = "<!-- Written by minilora, which replaces the file for as long as this line is in it. -->"
 
@@ -35,30 +41,52 @@ def may_be_replaced(path: Path) -> bool:
         return False
 
 
-def model_card(config: Mapping[str, Any], manifest: Manifest) -> str:
+def require_figures(figures: Figures) -> None:
+    """Raise unless figures are numbers or texts, by words on one line.
+
+    Raises:
+        MiniLoRAError: naming what is none.
+    """
+    right = 'figures={"validation accuracy": 0.91}; the number in a tensor is .item()'
+    if not isinstance(figures, Mapping):
+        raise MiniLoRAError(f"figures are a mapping, not a {type(figures).__name__}: {right}")
+    for name, value in figures.items():
+        if not (isinstance(name, str) and isinstance(value, (int, float, str))):
+            raise MiniLoRAError(
+                f"figures are numbers or texts by name, not {name!r}: {value!r:.100} of type "
+                f"{type(value).__name__}: {right}"
+            )
+
+
+def model_card(
+    config: Mapping[str, Any], manifest: Manifest, tensors: Mapping[str, Tensor], figures: Figures
+) -> str:
     """Return the card of an adapter.
 
     Args:
         config: what goes into `adapter_config.json`.
         manifest: what stands where.
+        tensors: what goes into the file of tensors.
+        figures: what the run gave, where the card shall tell it.
     """
-    return "\n".join([*_metadata(config), "", OURS, "", *_text(config, manifest), ""])
-
-
-def _metadata(config: Mapping[str, Any]) -> Iterator[str]:
-    base, task = config["base_model_name_or_path"], config["task_type"]
+    base = config["base_model_name_or_path"]
     # A name of the hub's; a path on somebody's disk would tell nobody anything, and the hub refuses it.
-    named = (
-        base is not None and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base) and not Path(base).exists()
-    )
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base or "") and not Path(base).exists()
+    base = base if named else None
+    text = _text(base, manifest, sum(tensor.numel() for tensor in tensors.values()), figures)
+    return "\n".join([*_metadata(base, config), "", OURS, "", *text, ""])
+
+
+def _metadata(base: str | None, config: Mapping[str, Any]) -> Iterator[str]:
+    task = config["task_type"]
     yield "---"
-    if named:
+    if base:
         yield f"base_model: {json.dumps(base)}"
     yield "library_name: peft"
     if task in PIPELINES:
         yield f"pipeline_tag: {PIPELINES[task]}"
     yield "tags:"
-    if named:
+    if base:
         yield f"- {json.dumps(f'base_model:adapter:{base}')}"
     yield "- lora"
     yield "- minilora"
@@ -67,17 +95,17 @@ def _metadata(config: Mapping[str, Any]) -> Iterator[str]:
     yield "---"
 
 
-def _text(config: Mapping[str, Any], manifest: Manifest) -> Iterator[str]:
-    base = config["base_model_name_or_path"]
+def _text(base: str | None, manifest: Manifest, parameters: int, figures: Figures) -> Iterator[str]:
     yield "# LoRA adapter"
     yield ""
-    yield f"Low-rank adaptation{f' of `{base}`' if base else ''}, in PEFT's format."
+    of = f" of `{base}`" if base else ""
+    yield f"Low-rank adaptation{of}, in PEFT's format: {parameters:,} parameters."
     yield ""
     yield "| modules | number | method |"
     yield "|---|---|---|"
     for lora, sites in manifest.injections:
         if isinstance(lora, LoRAConfig):
-            method = f"LoRA, r = {lora.r}, alpha = {lora.alpha:g}" + (
+            method = f"{'DoRA' if lora.dora else 'LoRA'}, r = {lora.r}, alpha = {lora.alpha:g}" + (
                 ", rank-stabilised" if lora.rslora else ""
             )
             for name, number in _counted(sites):
@@ -87,13 +115,25 @@ def _text(config: Mapping[str, Any], manifest: Manifest) -> Iterator[str]:
                 yield f"| `{name}` | {number} | {len(lora.rows)} rows trained |"
     for name, number in _counted(manifest.trainable):
         yield f"| `{name}` | {number} | trained in full |"
+    if figures:
+        yield ""
+        yield "| figure | value |"
+        yield "|---|---|"
+        for name, value in figures.items():
+            yield f"| {_cell(name)} | {_cell(value)} |"
     yield ""
-    yield "It goes into the base with either of"
+    yield "The adapter goes into `base`, the model that it was trained on, from `folder`, a copy of this one"
+    yield "on disk, which `huggingface_hub.snapshot_download` makes:"
     yield ""
     yield "```python"
     yield "model = minilora.load(base, folder)"
-    yield "model = peft.PeftModel.from_pretrained(base, folder)"
+    yield "model = peft.PeftModel.from_pretrained(base, folder)  # or so"
     yield "```"
+
+
+def _cell(value: float | str) -> str:
+    """Return what stands in a table, on one line."""
+    return " ".join(str(value).split()).replace("|", r"\|")
 
 
 def _counted(names: tuple[str, ...]) -> list[tuple[str, int]]:

@@ -23,7 +23,7 @@ from ...atomic import new_folder, write_together, write_whole
 from ...contents import Contents
 from ...tensors import chunks_of, entries_of
 from .. import native
-from .card import CARD_FILE, may_be_replaced, model_card
+from .card import CARD_FILE, Figures, may_be_replaced, model_card
 from .config import CONFIG_FILE, PeftLoraConfig
 from .matching import Expressions, LooseEnds, around_left_out, expression_problem, inner_parts
 from .places import WITHOUT_DROPOUT, Place
@@ -34,7 +34,14 @@ from .task import task_of
 from .wording import worded
 
 
-def write(path: Path, contents: Contents, sites: Sites | None = None, *, portable: bool = False) -> None:
+def write(
+    path: Path,
+    contents: Contents,
+    sites: Sites | None = None,
+    *,
+    portable: bool = False,
+    figures: Figures | None = None,
+) -> None:
     """Write a folder that PEFT and vLLM load. Inverse: `reading`.
 
     Args:
@@ -44,22 +51,24 @@ def write(path: Path, contents: Contents, sites: Sites | None = None, *, portabl
         sites: of the model that carries them. They are needed for target names shorter than full ones, and to
             know that PEFT's patterns will match nothing else; None goes by the names alone.
         portable: write what every server reads alike, as `portable` has it.
+        figures: of the run, for the card.
 
     Raises:
-        CheckpointError: listing what PEFT's format cannot express, or no server takes; nothing is written.
+        CheckpointError: listing what PEFT's format cannot express, or no server takes, or saying that the
+            card is somebody's own and takes no figures; nothing is written.
         OSError: when the folder cannot be written.
     """
     made = composed(contents, sites, path, portable=portable)
     if not path.is_dir():
         try:
             with new_folder(path) as folder:
-                for name, chunks in made.files(path).items():
+                for name, chunks in made.files(path, figures or {}).items():
                     write_whole(folder / name, chunks)
             return
         except (CheckpointError, OSError):
             if not path.is_dir():
                 raise  # else another process, which saves the same, was the first to make the folder
-    write_together(path, made.files(path))
+    write_together(path, made.files(path, figures or {}))
 
 
 @dataclass(frozen=True)
@@ -75,13 +84,23 @@ class Composed:
     manifest: Manifest
     """What was asked for, as PEFT knows it."""
 
-    def files(self, folder: Path) -> dict[str, Iterable[bytes | bytearray]]:
-        """Return what each file of a folder shall hold; without the last, no reader takes it for anything."""
+    def files(self, folder: Path, figures: Figures) -> dict[str, Iterable[bytes | bytearray]]:
+        """Return what each file of a folder shall hold; without the last, no reader takes it for anything.
+
+        Raises:
+            CheckpointError: when there are figures, and a card of the user's own is where they would stand.
+        """
         files: dict[str, Iterable[bytes | bytearray]] = {
             TENSOR_FILE: chunks_of(entries_of(self.tensors), self.metadata)
         }
         if may_be_replaced(folder / CARD_FILE):
-            files[CARD_FILE] = [model_card(self.config, self.manifest).encode()]
+            card = model_card(self.config, self.manifest, self.tensors, figures)
+            files[CARD_FILE] = [card.encode()]
+        elif figures:
+            raise CheckpointError(
+                f"{str(folder / CARD_FILE)!r} is your own and stays as it is, so the figures have no place: "
+                "write them into it and leave figures out, or move it away; nothing has been written"
+            )
         files[CONFIG_FILE] = [json.dumps(self.config, indent=2, sort_keys=True).encode() + b"\n"]
         return files
 
