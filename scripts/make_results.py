@@ -201,15 +201,6 @@ def fine_tunes() -> str:
             ),
         ]
     ]
-    full = run("sst2-minilm-lora")
-    lines.append(
-        [
-            f"SST-2 in full, {full['data']['examples']['train']:,} sentences, LoRA, one seed",
-            f"{full['parameters']['trainable']:,}",
-            ", ".join(f"{full['final'][split]['accuracy']:.4f} {words}" for split, words in SPLITS.items()),
-            NOT_MEASURED,
-        ]
-    )
     for method, title in {"lora": "LoRA", "adapter": "bottleneck adapters", "both": "both"}.items():
         content = run(f"imdb-minilm-{method}")
         examples = content["data"]["examples"]
