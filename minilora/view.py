@@ -90,8 +90,10 @@ class Substitution(InjectedModule):
 
     def tell_of_forming(self, function: str) -> None:
         """Warn, once for each function, that the whole value is formed for it."""
+        if is_compiling():
+            return
         told: set[str] = self.__dict__.setdefault("_told", set())
-        if is_compiling() or function in told:
+        if function in told:
             return
         told.add(function)
         warnings.warn(
