@@ -90,10 +90,7 @@ class Substitution(InjectedModule):
 
     def tell_of_forming(self, function: str) -> None:
         """Warn, once for each function, that the whole value is formed for it."""
-        if is_compiling():
-            return
-        told: set[str] = self.__dict__.setdefault("_told", set())
-        if function in told:
+        if is_compiling() or function in (told := vars(self).setdefault("_told", set())):
             return
         told.add(function)
         warnings.warn(
