@@ -325,10 +325,10 @@ def test_every_contestant_is_compiled_however_many_there_are(setup, monkeypatch)
             return super().forward(x) * 2
 
     backend, config = CompileCounter(), torch._dynamo.config
-    monkeypatch.setattr(config, "cache_size_limit", config.cache_size_limit)  # to be put back
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    for width in range(1, 13):
-        setup.compile(Shared(width, width))(torch.ones(3, width))
+    with config.patch(cache_size_limit=config.cache_size_limit):  # to be put back
+        for width in range(1, 13):
+            setup.compile(Shared(width, width))(torch.ones(3, width))
     assert backend.frame_count == 12
 
 

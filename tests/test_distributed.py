@@ -20,6 +20,8 @@ from minilora.torch_internals import class_unsharded, is_shard
 
 if not torch.distributed.is_available():
     pytest.skip("no torch.distributed", allow_module_level=True)
+if not hasattr(torch.cpu.Stream, "record_event"):
+    pytest.skip("FSDP2 of this torch does not compute on a CPU", allow_module_level=True)
 
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

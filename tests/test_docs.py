@@ -88,6 +88,8 @@ def tiny_bert():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page(path, sandbox):
     pytest.importorskip("transformers")
+    if path.name == "distributed.md" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("FSDP2 of this torch does not compute on a CPU")
     try:
         run_page(path, {"__name__": "page"})
     except ModuleNotFoundError as error:
