@@ -42,14 +42,21 @@ def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def started(*arguments: object, **variables: str) -> subprocess.Popen[bytes]:
-    """Start the command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, *(os.fsencode(os.fspath(a)) if isinstance(a, Path) else str(a) for a in arguments)],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    """Start the command line in a process of its own, which listens to Ctrl-C.
+
+    A shell without job control has what it runs in the background ignore it, and the children of that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, *(os.fsencode(a) if isinstance(a, Path) else str(a) for a in arguments)],
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def ended(process: subprocess.Popen[bytes]) -> Output:
