@@ -52,6 +52,7 @@ COMBINATIONS = (
     Combination("oldest", "3.10", torch="2.6.*", transformers="4.57.*"),
     *(Combination(version, version) for version in ("3.10", "3.11", "3.12", "3.13", "3.14")),
     Combination("2.6", "3.11", torch="2.6.*"),
+    Combination("2.14", "3.11", torch="2.14.*"),
     Combination("4.57", "3.11", transformers="4.57.*"),
 )
 

@@ -170,7 +170,7 @@ def weight_form(transposed, bias):
     return form, definition, (x, A, B, m)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_weight_form_to_the_second_derivative_forwards_and_by_rows(transposed, bias):
@@ -193,7 +193,7 @@ def test_the_weight_form_to_the_second_derivative_forwards_and_by_rows(transpose
         assert distance(one, other) < 1e-11
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_differentiates_what_backward_does():
     kind = BY_NAME["linear"]
     model, x = injected(kind), kind.input()

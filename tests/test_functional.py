@@ -122,7 +122,7 @@ def test_what_needs_no_gradient_changes_nothing_of_the_others(needed):
 
 
 # The warning is torch's own, when its rules for forward mode are first loaded.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("form", FORMS, ids=["weight", "delta", "dropout"])
 def test_forward_mode_and_batches_of_forms(form):
     """jvp against a difference quotient's limit, the backward; vmap against a loop."""

@@ -293,7 +293,7 @@ def test_jagged_tensors(shape):
 
 
 # torch's own, when its rules for forward mode are first loaded.
-loads_jvp_rules = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+loads_jvp_rules = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 @loads_jvp_rules

@@ -179,7 +179,7 @@ def test_gradcheck_and_second_derivatives_of_the_weight_form(dora):
     assert torch.autograd.gradgradcheck(run, [beta])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("tokens", [2, 400])
 @pytest.mark.parametrize("dora", [False, True])
 def test_forward_mode_differentiates_what_backward_does(tokens, dora):

@@ -72,7 +72,13 @@ def test_compile_fullgraph(case):
     """No graph break, and the same outputs and gradients as without."""
     model = injected(case)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    assert_equal_to_rounding(case.run(compiled), case.run(model))
+    try:
+        outputs = case.run(compiled)
+    except torch._dynamo.exc.Unsupported:  # by an old torch
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            case.run(torch.compile(case.build(), fullgraph=True, backend="eager", dynamic=False))
+        pytest.skip("this torch does not compile the bare model whole")
+    assert_equal_to_rounding(outputs, case.run(model))
     torch.compiler.reset()
 
 
@@ -351,7 +357,7 @@ def test_state_dict_of_a_merged_model_is_that_of_the_unmerged(case):
     assert state(minilora.unmerge(model)) == before
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("tokens", [2, 200])
 def test_forward_mode_over_a_model(tokens):
     model = randomise(minilora.inject(MLP().double(), ["up", "down"], trainable=["classifier"]))
