@@ -270,6 +270,20 @@ def test_dropout_acts_on_the_update_alone_and_only_in_training(shape):
     assert torch.equal(layer(x), layer.base(x))  # what the base reads is not dropped
 
 
+@on_layers
+@pytest.mark.parametrize("shape", [(3,), (200,), *TOKENS.values()], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"dora": True}], ids=str)
+def test_what_comes_out_may_be_written_into(make, shape, options):
+    """By an activation with `inplace=True`, say."""
+    gradients = []
+    for write in (torch.relu, torch.relu_):
+        torch.manual_seed(0)
+        layer, x = trained(make(torch.float64), **options), torch.randn(*shape, 24, dtype=torch.float64)
+        y = write(layer(x.requires_grad_()))
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B]))
+    assert all(map(torch.equal, *gradients))
+
+
 @in_shapes
 def test_dropout_of_one_drops_the_whole_update_in_training(shape):
     layer, x = trained(linear(), dropout=1), torch.randn(*shape, 24)

@@ -52,18 +52,18 @@ def magnitude_linear(
     Returns:
         (..., out), in `compute_dtype(x)`; differentiable, to any order, in x, A, B, m and the bias.
     """
-    dtype = compute_dtype(x)
+    dtype, rows = compute_dtype(x), x.reshape(-1, x.shape[-1])
     with torch.no_grad():  # its share of the gradient is in the backward below
         V = dora.direction(weight, lora_A, lora_B, scaling, transposed=transposed)
         n = dora.lengths(V, transposed)
     V, fixed = V.to(dtype), (weight, scaling, transposed)
     bias = None if bias is None else bias.to(dtype)
-    y, _ = _MagnitudeLinear.apply(x.to(dtype), V, n, bias, lora_A, lora_B, magnitude, *fixed)  # type: ignore[no-untyped-call]
-    return y  # type: ignore[no-any-return]
+    y, _ = _MagnitudeLinear.apply(rows.to(dtype), V, n, bias, lora_A, lora_B, magnitude, *fixed)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
 class _MagnitudeLinear(torch.autograd.Function):
-    """Return y and z. V is kept or formed again for the backward as `functional` tells of W_eff."""
+    """Return y and z, (n, out). V is kept or formed again for the backward as `functional` tells of W_eff."""
 
     generate_vmap_rule = True
 
@@ -117,16 +117,15 @@ class _MagnitudeLinear(torch.autograd.Function):
             if needs_x:
                 scaled = (dora.along(c, V, int(transposed)) * V).to(g.dtype)
                 dx = g @ (scaled.T if transposed else scaled)
-            g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
             if needs_b:
-                db = g_rows.sum(0)
+                db = g.sum(0)
             if needs_A:
-                dA = gradient_of_A(g_rows, x_rows, lora_A, c[:, None] * lora_B) * s
+                dA = gradient_of_A(g, x, lora_A, c[:, None] * lora_B) * s
             if needs_B:
-                dB = gradient_of_B(g_rows, x_rows, lora_A, lora_B) * (c[:, None] * s)
+                dB = gradient_of_B(g, x, lora_A, lora_B) * (c[:, None] * s)
             if needs_m:
                 z = F.linear(x, V.T if transposed else V, bias) if again else z
                 z = z if bias is None else z - bias  # first, so that an output of zeros has none
-                sums = (g_rows * z.reshape(g_rows.shape)).sum(0, dtype=n.dtype)
+                sums = (g * z).sum(0, dtype=n.dtype)
                 dm = dora.factors(sums, n).to(magnitude.dtype)
         return dx, None, None, db, dA, dB, dm, None, None, None

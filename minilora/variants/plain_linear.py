@@ -45,16 +45,19 @@ def effective_linear(
     Returns:
         (..., out), in `compute_dtype(x)`; differentiable, to any order, in x, A, B and the bias.
     """
-    dtype = compute_dtype(x)
+    dtype, rows = compute_dtype(x), x.reshape(-1, x.shape[-1])
     bias = None if bias is None else bias.to(dtype)
     with torch.no_grad():  # its share of the gradient is in the backward below
         w_eff = effective_weight(weight, lora_A, lora_B, scaling, transposed=transposed, dtype=dtype)
-    arguments = (x.to(dtype), w_eff, bias, weight, lora_A, lora_B, scaling, transposed)
-    return _EffectiveLinear.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    arguments = (rows.to(dtype), w_eff, bias, weight, lora_A, lora_B, scaling, transposed)
+    y = _EffectiveLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
 class _EffectiveLinear(torch.autograd.Function):
-    """The weight form with its own backward.
+    """The weight form with its own backward, for x (n, in).
+
+    What it returns is no view, which nobody could write into: autograd would know of no backward then.
 
     In full precision W_eff is not kept for the backward, which builds it again: an (out, in) tensor for
     each layer would be a second copy of the model. Under autocast it is kept, since it has half the size,
@@ -91,7 +94,7 @@ class _EffectiveLinear(torch.autograd.Function):
         W = w_eff.T if ctx.transposed else w_eff
         parts = parts_of_tangent(x, W, lora_A, lora_B, ctx.scaling, (dx, dA, dB))
         if db is not None:
-            parts.append(db.expand(*x.shape[:-1], -1))
+            parts.append(db.expand(len(x), -1))
         return sum(parts[1:], parts[0]) if parts else None
 
     @staticmethod
@@ -105,13 +108,12 @@ class _EffectiveLinear(torch.autograd.Function):
                 if w_eff is None or torch.is_grad_enabled():  # a second derivative goes through A and B
                     w_eff = effective_weight(weight, lora_A, lora_B, s, transposed=transposed, dtype=g.dtype)
                 dx = g @ (w_eff.T if transposed else w_eff)
-            g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
             if needs_b:
-                db = g_rows.sum(0)
+                db = g.sum(0)
             if needs_A:
-                dA = gradient_of_A(g_rows, x_rows, lora_A, lora_B) * s
+                dA = gradient_of_A(g, x, lora_A, lora_B) * s
             if needs_B:
-                dB = gradient_of_B(g_rows, x_rows, lora_A, lora_B) * s
+                dB = gradient_of_B(g, x, lora_A, lora_B) * s
         return dx, None, db, None, dA, dB, None, None
 
 
