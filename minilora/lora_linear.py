@@ -77,10 +77,10 @@ class LoRALinear(LoRA):
         if len(args) == 1 and not kwargs and self._can_stand_in(args[0]):
             return self._in_its_stead(args[0], dropout)
         y: Tensor = self.base(*args, **kwargs)  # which knows whether it can be called so
-        x = dropped(args[0] if args else next(iter(kwargs.values())), dropout)
+        x = args[0] if args else next(iter(kwargs.values()))
         require_gradient(self, x, y)
         bias = self.lora_bias if self.config.lora_bias else None
-        return self.rescaled(add_low_rank(y, x, *self.factors(), self.scaling, bias))  # type: ignore[no-any-return]
+        return self.rescaled(add_low_rank(y, dropped(x, dropout), *self.factors(), self.scaling, bias))  # type: ignore[no-any-return]
 
     def _can_stand_in(self, x: Tensor) -> bool:
         # In 16 bits b + s beta would be rounded, and small changes with it.
