@@ -56,7 +56,7 @@ def shadow(module: nn.Module) -> nn.Module:
 
     Its class is the one from before `fully_shard`.
     """
-    twin: nn.Module = object.__new__(class_unsharded(module))  # copy.copy would have FSDP call __init__
+    twin: nn.Module = object.__new__(class_unsharded(type(module)))  # copy.copy would have FSDP call __init__
     own = {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers", "_modules")}
     vars(twin).update(vars(module), **own)
     return twin
@@ -110,20 +110,25 @@ def is_shard(tensor: Tensor) -> bool:
 
 def shards_in(model: nn.Module) -> list[str]:
     """Return the names of the modules that `fully_shard` was called on, or else of a model's DTensors."""
-    modules = [n for n, module in model.named_modules() if class_unsharded(module) is not type(module)]
+    modules = [name for name, _ in sharded_modules(model)]
     return modules or [name for name, parameter in model.named_parameters() if is_shard(parameter)]
 
 
 def put_shards_back(model: nn.Module) -> None:
     """Let FSDP take away what it has gathered to compute with, cast perhaps, and lets go of at any time."""
-    for module in model.modules():
-        if class_unsharded(module) is not type(module):
-            module.reshard()  # type: ignore[operator]  # its public method
+    for _, module in sharded_modules(model):
+        module.reshard()  # type: ignore[operator]  # its public method
 
 
-def class_unsharded(module: nn.Module) -> type:
+def sharded_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules that `fully_shard` was called on, by name."""
+    kinds = {kind for kind in set(map(type, model.modules())) if class_unsharded(kind) is not kind}
+    return [found for found in model.named_modules() if type(found[1]) in kinds] if kinds else []
+
+
+def class_unsharded(kind: type) -> type:
     """Return a module's class as it was before `fully_shard`, which puts one of torch's in front of it."""
-    kinds = type(module).__mro__
+    kinds = kind.__mro__
     put = [i for i, k in enumerate(kinds) if k.__name__ == "FSDPModule" and k.__module__.startswith("torch.")]
     return kinds[put[0] + 1 if put else 0]
 

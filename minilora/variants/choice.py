@@ -20,7 +20,8 @@ def can_stand_in(layer: nn.Module, x: Tensor) -> bool:
     # Choosing by the number of tokens would be a graph for each side of it, at every layer shape.
     if is_compiling() or x.is_nested or not computes_plainly(layer):
         return False
-    weight, bias = own_tensors(layer)["weight"], own_tensors(layer).get("bias")
+    own = own_tensors(layer)
+    weight, bias = own["weight"], own.get("bias")
     same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
     # Those functions have no gradient for what somebody has thawed.
     return same and not (weight.requires_grad or (bias is not None and bias.requires_grad))

@@ -58,17 +58,17 @@ def write(
             card is somebody's own and takes no figures; nothing is written.
         OSError: when the folder cannot be written.
     """
-    made = composed(contents, sites, path, portable=portable)
+    made, figures = composed(contents, sites, path, portable=portable), figures or {}
     if not path.is_dir():
         try:
             with new_folder(path) as folder:
-                for name, chunks in made.files(path, figures or {}).items():
+                for name, chunks in made.files(path, figures).items():
                     write_whole(folder / name, chunks)
             return
         except (CheckpointError, OSError):
             if not path.is_dir():
                 raise  # else another process, which saves the same, was the first to make the folder
-    write_together(path, made.files(path, figures or {}))
+    write_together(path, made.files(path, figures))
 
 
 @dataclass(frozen=True)
