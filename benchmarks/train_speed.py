@@ -24,7 +24,6 @@ from bench.loads import AXES, Load
 from bench.memory import peak_memory, resident_memory
 from bench.methods import DORA_METHODS, TRAINING_METHODS, TrainingMethod
 from bench.reports import finish
-from bench.sentences import sentence_batches
 from bench.setups import (
     PRECISIONS,
     TARGETS,
@@ -161,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind.add_argument("--dora", action="store_true", help="measure DoRA, against LoRA")
     parser.add_argument("--compile", action="store_true", help="torch.compile every contestant")
     parser.add_argument(
-        "--data", help="for --model minilm: train on the sentences of this folder, as examples/sst2.py does"
+        "--data",
+        help="for --model minilm: train on the sentences of this folder, as examples/sst2.py does; needs the "
+        "extra 'examples', too",
     )
     args = start(parser, argv)
     if args.quick:
@@ -175,7 +176,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if args.data and (args.model != "minilm" or args.sweep):
         parser.error("--data: its sentences are cut into tokens for --model minilm, and not swept")
-    sentences = sentence_batches(args.data, args.batch, args.seed) if args.data else ()
+    sentences: Sequence[dict[str, torch.Tensor]] = ()
+    if args.data:
+        from bench.sentences import sentence_batches  # which needs what the examples need
+
+        sentences = sentence_batches(args.data, args.batch, args.seed)
     tables = []
     for precision in args.precision:
         for targets in args.targets:

@@ -316,6 +316,14 @@ def test_shared_memory_is_counted_once(bench):
     assert bench.memory.resident_memory([tensor, tensor.T, tensor[1:], torch.ones(2)]) == 4 * 8 * 4 + 2 * 4
 
 
+def test_random_tokens_need_nothing_that_real_sentences_need(script, monkeypatch):
+    for package in ("datasets", "accelerate"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for name in ("train_speed", "bench.sentences"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert script("train_speed").main
+
+
 def test_every_contestant_is_compiled_however_many_there_are(setup, monkeypatch):
     """They share code, and torch.compile gives up on code after 8 recompilations: in silence, for some."""
     from torch._dynamo.testing import CompileCounter
