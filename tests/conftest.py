@@ -1,14 +1,39 @@
 """Every test starts from the same seed. And the files that tests of the command line work with."""
 
+import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Return what loads a file of scripts/ as a module, and skips the test where there are no scripts."""
+
+    def load(name: str) -> ModuleType:
+        path = SCRIPTS / f"{name}.py"
+        if not path.exists():
+            pytest.skip("the scripts are not there")
+        spec = importlib.util.spec_from_file_location(f"scripts.{name}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-PATH = Path(__file__).parent.parent / "scripts" / "matrix.py"
-
 
 @pytest.fixture
-def matrix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    if not PATH.exists():
-        pytest.skip("the scripts are not there")
-    spec = importlib.util.spec_from_file_location("matrix", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "matrix", module)
-    spec.loader.exec_module(module)
+def matrix(
+    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> ModuleType:
+    module = load_script("matrix")
     monkeypatch.setattr(module, "FOLDER", tmp_path / "environments")
     monkeypatch.setattr(module, "_make", lambda *_: None)  # nothing is installed here
     monkeypatch.setattr(module, "_pip", lambda *_: False)

@@ -1,7 +1,8 @@
 """The page of PEFT's settings says what holds, kind by kind."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,15 +13,13 @@ from peft_product import KINDS, VARIANTS, Kind
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "peft-settings.md"
 
-spec = importlib.util.spec_from_file_location("product", ROOT / "scripts" / "peft_product.py")
-product = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(product)
 pytestmark = pytest.mark.peft
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_the_page_says_what_holds(kind: Kind) -> None:
+def test_the_page_says_what_holds(kind: Kind, load_script: Callable[[str], ModuleType]) -> None:
+    product = load_script("peft_product")
     found = product.outcomes([kind])
     assert len(found) == len(VARIANTS)
     assert {outcome.setting.name: outcome.failed for outcome in found if outcome.failed} == {}

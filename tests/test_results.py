@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,20 +13,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def make_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def make_results(
+    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
     """The script; of what it imports from benchmarks and examples no trace is left."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
-    path = ROOT / "scripts" / "make_results.py"
-    if not path.exists():
-        pytest.skip("the scripts are not there")
-    spec = importlib.util.spec_from_file_location("make_results", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield load_script("make_results")
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in ("bench", "finetune", "matrix", "sweep"):
             del sys.modules[name]
