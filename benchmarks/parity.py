@@ -108,7 +108,7 @@ def contestants(
     ours = sources.model
     minilora.inject(
         ours,
-        targets=["query", "value"],
+        targets=args.targets,
         config=minilora.LoRAConfig(r=args.rank, alpha=args.alpha, dropout=args.dropout),
         trainable=["classifier"],
     )

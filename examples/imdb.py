@@ -65,8 +65,8 @@ def fine_tune(run: runs.Run) -> int:
     model, method = sources.model, []
     if args.method in ("lora", "both"):
         lora = LoRAConfig(r=args.rank, alpha=args.alpha, dropout=args.dropout)
-        minilora.inject(model, targets=["query", "value"], config=lora, trainable=["classifier"])
-        method.append(f"LoRA r={args.rank}, alpha={args.alpha:g} on query and value")
+        minilora.inject(model, targets=args.targets, config=lora, trainable=["classifier"])
+        method.append(f"LoRA r={args.rank}, alpha={args.alpha:g} on {' and '.join(args.targets)}")
     if args.method in ("adapter", "both"):
         minilora.inject(
             model,

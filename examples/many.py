@@ -46,9 +46,7 @@ def fine_tune(run: runs.Run) -> int:
 
     # One encoder with room for three adapters; what is new begins as it would on a model of its own.
     model = sources.model.to(accelerator.device)
-    bank = minilora.Bank(
-        model, targets=["query", "value"], trainable=["classifier"], slots=len(ranks), r=args.rank
-    )
+    bank = minilora.Bank(model, targets=args.targets, trainable=["classifier"], slots=len(ranks), r=args.rank)
     steps = run.choose_epochs(batches) * len(batches.train)
     optimizers, schedules = {}, {}
     for name, rank in ranks.items():

@@ -61,11 +61,11 @@ def fine_tune(run: runs.Run) -> int:
     model = sources.model
     minilora.inject(
         model,
-        targets=["query", "value"],
+        targets=args.targets,
         config=LoRAConfig(r=args.rank, alpha=args.alpha, dropout=args.dropout),
         trainable=["classifier"],
     )
-    method = f"LoRA r={args.rank}, alpha={args.alpha:g} on query and value"
+    method = f"LoRA r={args.rank}, alpha={args.alpha:g} on {' and '.join(args.targets)}"
 
     parameters = minilora.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr)

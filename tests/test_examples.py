@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import minilora
 
@@ -304,6 +305,45 @@ def test_runs_in_16_bits(
 
 
 @pytest.mark.slow
+def test_other_layers_and_the_whole_reported_split(
+    example: Callable[[str], ModuleType], tiny_bert: str, tmp_path: Path
+) -> None:
+    """What another encoder needs: its own names, its own dropout; and a short run, measured in full."""
+    sources = ["--model", tiny_bert, "--data", str(SAMPLE)]
+    options = ["--targets", "key", "intermediate.dense", "--attention-dropout", "0.25", "--report-all"]
+    assert example("sst2").main([*sources, *TINY_RUN, *options, "--output", str(tmp_path)]) == 0
+
+    metrics = read_metrics(tmp_path)
+    assert metrics["method"] == "LoRA r=4, alpha=16 on key and intermediate.dense"
+    assert metrics["data"]["examples"] == {"train": 24, "held_out": 24, "reported": 200}
+    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
+        layers = {name.partition("layer.0.")[2] for name in file.keys() if "layer.0." in name}  # noqa: SIM118
+    assert {name.partition(".lora_")[0] for name in layers} == {"attention.self.key", "intermediate.dense"}
+
+
+def test_the_attention_drops_what_is_asked_for(example: Callable[[str], ModuleType], tiny_bert: str) -> None:
+    sources = example("finetune.sources")
+    source = sources.Source(path=tiny_bert, name="tiny")
+    rates = {
+        asked: {
+            module.p
+            for name, module in sources.load_model(source, 0, asked).named_modules()
+            if name.endswith("attention.self.dropout")
+        }
+        for asked in (None, 0.0, 0.25)
+    }
+    assert rates == {None: {0.1}, 0.0: {0.0}, 0.25: {0.25}}
+
+
+def test_a_model_without_dropout_in_its_attention_says_so(
+    example: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    sources = example("finetune.sources")
+    transformers.FNetConfig().save_pretrained(tmp_path)
+    with pytest.raises(example("finetune.errors").ExampleError, match="no such rate"):
+        sources.load_model(sources.Source(path=str(tmp_path), name="fnet"), 0, 0.0)
+
+
 def test_same_seed_same_run(example: Callable[[str], ModuleType], tiny_bert: str, tmp_path: Path) -> None:
     arguments = ["--model", tiny_bert, "--data", str(SAMPLE), *TINY_RUN, "--output"]
     for folder in ("first", "second"):

@@ -90,6 +90,7 @@ def argument_parser(
     add("--data", metavar="NAME", help=f"{columns}configuration on the hub (default: {data})")
     limit = "train on N examples and evaluate each other split on N at most (default: all)"
     add("--limit", type=positive_int, metavar="N", help=limit)
+    add("--report-all", action="store_true", help="--limit spares the split that is reported")
     length = "truncate texts to N tokens (default: %(default)s)"
     add("--max-length", type=_length, default=max_length, metavar="N", help=length)
 
@@ -106,10 +107,16 @@ def argument_parser(
     add("--max-grad-norm", type=_norm, default=1.0, metavar="X", help=norm)
     seed = "decides the split, the order and the initial values (default: %(default)s)"
     add("--seed", type=seed_number, default=0, metavar="N", help=seed)
+    attention = "dropout on the model's attention; on a CPU, 0 is much faster (default: the model's own)"
+    add("--attention-dropout", type=_share, metavar="X", help=attention)
     precision = "fp16 is meant for GPUs, bf16 for either (default: %(default)s)"
     add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help=precision)
 
     add = parser.add_argument_group("LoRA").add_argument
+    targets = (
+        "layers that LoRA is put on, by the ends of their names (default: query value, as BERT calls them)"
+    )
+    add("--targets", nargs="+", default=["query", "value"], metavar="NAME", help=targets)
     add("--rank", type=positive_int, default=4, metavar="N", help="(default: %(default)s)")
     alpha = "the update is scaled by alpha / rank (default: %(default)g)"
     add("--alpha", type=positive_float, default=16.0, metavar="X", help=alpha)

@@ -54,7 +54,7 @@ def make_batches(
     Args:
         sources: The data, with a split `train` and one of those to report; the tokeniser; the model, for
             the longest text that it can read.
-        args: `seed`, `limit`, `max_length` and `batch_size` are read.
+        args: `seed`, `limit`, `report_all`, `max_length` and `batch_size` are read.
         accelerator: Lets the main process go first; the others find its work in the cache.
         report: Splits to report beside the held-out one, in order of preference; the first found is used.
 
@@ -118,9 +118,9 @@ def _tokenised(
         encoded = tokenizer(batch[text], truncation=True, max_length=max_length)
         return {**encoded, "labels": batch["label"]}
 
-    def prepare(split: Dataset) -> Dataset:
-        if args.limit is not None:
-            split = split.select(range(min(args.limit, len(split))))
+    def prepare(split: Dataset, limit: int | None = args.limit) -> Dataset:
+        if limit is not None:
+            split = split.select(range(min(limit, len(split))))
         return split.map(tokenise, batched=True, remove_columns=split.column_names)
 
     labelled = _labelled(DatasetDict({split: raw[split] for split in ("train", reported_split)}), text, name)
@@ -132,7 +132,8 @@ def _tokenised(
         raise ExampleError(f"the data {name!r} cannot be split: {error}") from error
     # The reported split is shuffled always alike: runs with different seeds report on the same examples.
     reported = labelled[reported_split].shuffle(seed=0)
-    return prepare(halves["train"]), prepare(halves["test"]), prepare(reported), reported_split
+    reported = prepare(reported, None if args.report_all else args.limit)
+    return prepare(halves["train"]), prepare(halves["test"]), reported, reported_split
 
 
 def _labelled(data: DatasetDict, text: str, name: str) -> DatasetDict:

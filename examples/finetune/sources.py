@@ -14,8 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from datasets import DatasetDict, load_dataset
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -68,7 +70,7 @@ def open_sources(args: argparse.Namespace, accelerator: Accelerator, *, data: st
     """Loads the model and the data, or what stands in for a default that is out of reach.
 
     Args:
-        args: `model`, `data` and `seed` are read.
+        args: `model`, `data`, `seed` and `attention_dropout` are read.
         accelerator: Lets the main process go first; the others find the files in the cache.
         data: What to read where `args` names no data.
 
@@ -87,14 +89,14 @@ def open_sources(args: argparse.Namespace, accelerator: Accelerator, *, data: st
     replaced = []
     with accelerator.main_process_first():
         try:
-            model = load_model(model_source, args.seed)
+            model = load_model(model_source, args.seed, args.attention_dropout)
             tokenizer = load_tokenizer(model_source)
         except ExampleError:
             if args.model is not None:
                 raise
             replaced.append(model_source.name)
             model_source = packaged_model()
-            model = load_model(model_source, args.seed)
+            model = load_model(model_source, args.seed, args.attention_dropout)
             tokenizer = load_tokenizer(model_source)
         try:
             raw = load_raw_data(data_source)
@@ -181,23 +183,41 @@ def use_cache_only() -> None:
     datasets.config.HF_HUB_OFFLINE = True
 
 
-def load_model(source: Source, seed: int) -> PreTrainedModel:
+def load_model(source: Source, seed: int, attention_dropout: float | None = None) -> PreTrainedModel:
     """Loads a classifier whose head is drawn from `seed`, the same in every process.
 
+    Args:
+        source: Where the model is.
+        seed: What the head is drawn from.
+        attention_dropout: In place of the rate in the model's configuration, if it is not None.
+
     Raises:
-        ExampleError: There is no such model, or it is not in reach.
+        ExampleError: There is no such model, it is not in reach, or its attention has no dropout to set.
     """
     set_seed(seed)
     try:
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        config = AutoConfig.from_pretrained(
             source.path,
             num_labels=len(LABELS),
             id2label=dict(enumerate(LABELS)),
             label2id={label: i for i, label in enumerate(LABELS)},
         )
+        if attention_dropout is not None:
+            _set_attention_dropout(config, attention_dropout, source)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            source.path, config=config
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise _out_of_reach("model", source, error) from error
     return model
+
+
+def _set_attention_dropout(config: PretrainedConfig, rate: float, source: Source) -> None:
+    for name in ("attention_probs_dropout_prob", "attention_dropout"):  # BERT's name; that of the later ones
+        if hasattr(config, name):
+            setattr(config, name, rate)
+            return
+    raise ExampleError(f"--attention-dropout: the configuration of {source.name} has no such rate")
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
