@@ -42,6 +42,8 @@ class Combination:
     """Other than the pinned one."""
     transformers: str | None = None
     """Other than the pinned one; whatever depends on it is then what pip chooses."""
+    numpy: str | None = None
+    """Other than what pip chooses."""
 
     @property
     def pinned(self) -> bool:
@@ -49,15 +51,18 @@ class Combination:
 
 
 COMBINATIONS = (
-    Combination("oldest", "3.10", torch="2.6.*", transformers="4.57.*"),
+    Combination("oldest", "3.10", torch="2.6.*", transformers="4.57.*", numpy="1.26.*"),
     *(Combination(version, version) for version in ("3.10", "3.11", "3.12", "3.13", "3.14")),
     Combination("2.6", "3.11", torch="2.6.*"),
     Combination("2.14", "3.11", torch="2.14.*"),
-    Combination("4.57", "3.11", transformers="4.57.*"),
+    Combination("4.57", "3.11", transformers="4.57.*", numpy="1.26.*"),
 )
 
 # What the tests need, where the pins and the extra of the tests do not hold. Tests of what is absent skip.
-UNPINNED = ["pytest", "pytest-xdist", "hypothesis", "safetensors[torch]", "accelerate", "peft"]
+UNPINNED = [
+    *("pytest", "pytest-xdist", "hypothesis", "safetensors[torch]", "accelerate", "peft"),
+    *("loralib", "datasets", "matplotlib", "tqdm"),
+]
 
 
 @dataclass
@@ -127,6 +132,7 @@ def environment(combination: Combination, torch_index: str | None) -> str:
     else:
         transformers = combination.transformers or _pinned("transformers")
         wanted = [f"torch=={torch}", f"transformers=={transformers}", *UNPINNED]
+        wanted += [f"numpy=={combination.numpy}"] if combination.numpy else []
         complete = _pip(python, "--editable", str(ROOT), *wanted)
     if not complete:
         raise Unavailable("pip finds no versions that go together")
@@ -188,7 +194,7 @@ def _versions(python: str) -> dict[str, str]:
     program = (
         "import importlib.metadata as m, json, platform\n"
         "found = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
-        "told = {name: found[name] for name in ('torch', 'transformers', 'peft') if name in found}\n"
+        "told = {name: found[name] for name in ('torch', 'transformers', 'numpy', 'peft') if name in found}\n"
         "print(json.dumps({'python': platform.python_version()} | told))"
     )
     told: dict[str, str] = json.loads(subprocess.check_output([python, "-c", program], text=True))
@@ -197,7 +203,8 @@ def _versions(python: str) -> dict[str, str]:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Return the outcomes as Markdown."""
-    lines = ["| combination | Python | torch | transformers | result | tests |", "|---|---|---|---|---|---|"]
+    header = ["combination", "Python", "torch", "transformers", "numpy", "result", "tests"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for combination in COMBINATIONS:
         for outcome in outcomes:
             if outcome.name == combination.name:
@@ -205,6 +212,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
                     "python": combination.python,
                     "torch": combination.torch or _pinned("torch"),
                     "transformers": combination.transformers or _pinned("transformers"),
+                    "numpy": combination.numpy or "-",
                 }
                 versions = " | ".join((asked | outcome.versions)[name] for name in asked)
                 counts = ", ".join(f"{count:,} {what}" for what, count in outcome.counts.items() if count)

@@ -90,6 +90,8 @@ def test_page(path, sandbox):
     pytest.importorskip("transformers")
     if path.name == "distributed.md" and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("FSDP2 of this torch does not compute on a CPU")
+    if path.name == "kinds.md" and not hasattr(torch, "_grouped_mm"):
+        pytest.skip("without a grouped product, transformers' stand-in gives every expert a gradient")
     try:
         run_page(path, {"__name__": "page"})
     except ModuleNotFoundError as error:

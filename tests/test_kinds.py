@@ -499,7 +499,14 @@ def test_fused_experts_compile_in_one_graph_and_form_nothing(way, monkeypatch):
     monkeypatch.delattr(EffectiveWeight, "whole")
     torch.compiler.reset()
     compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
-    assert distance(compiled(input_ids=ids).logits.detach(), model(input_ids=ids).logits.detach()) < 1e-5
+    try:
+        found = compiled(input_ids=ids).logits.detach()
+    except torch._dynamo.exc.Unsupported:  # by an old torch
+        bare = torch.compile(experts_model("Qwen3Moe").eval(), fullgraph=True, backend="aot_eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            bare(input_ids=ids)
+        pytest.skip("this torch does not compile the bare model whole")
+    assert distance(found, model(input_ids=ids).logits.detach()) < 1e-5
     torch.compiler.reset()
 
 
@@ -711,6 +718,8 @@ class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
 def test_nothing_of_the_experts_size_is_formed(way):
     """Neither forward nor backward: (E, out, in) is the largest thing there is, and stays the only one."""
     transformers = pytest.importorskip("transformers")
+    if way == "grouped_mm" and not hasattr(torch, "_grouped_mm"):
+        pytest.skip("this torch has no grouped product; what stands in for it gives every expert a gradient")
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
     config = transformers.Qwen3MoeConfig(vocab_size=32, intermediate_size=64, **shape, **experts)

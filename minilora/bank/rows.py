@@ -18,9 +18,9 @@ from ..errors import MiniLoRAError
 from ..torch_internals import in_backward, is_compiling
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # frozen, torch 2.6 would compile a model anew for every content of `listed`
 class Rows:
-    """Which slot each row of a batch has; slot 0 is the base."""
+    """Which slot each row of a batch has; slot 0 is the base. Nothing in it is ever changed."""
 
     slots: Tensor
     """(b,), int64. One for all rows has b = 1."""
