@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # and whose the
 
 import matrix
 import sweep
+from bench import history
 from bench.markdown import compared, curve, grid, memory_cell, ratio_cell
 from bench.parity import SPLITS, Parity, accuracies, accuracy, gaps
 from bench.tables import Table
@@ -324,6 +325,26 @@ def coming_and_going() -> str:
     return curve(table)
 
 
+def over_time() -> str:
+    """What was measured more than once: its ratios, the oldest first."""
+    measured: dict[tuple[str, str, str], list[history.Entry]] = {}
+    for entry in history.read(BENCHMARKS):
+        measured.setdefault((entry.benchmark, entry.table, entry.row), []).append(entry)
+    lines = [
+        [
+            benchmark.removesuffix("-cpu"),
+            f"{table}: {row}",
+            ", ".join(
+                f"{entry.ratio} ({entry.date}, {entry.commit}, {entry.machine.partition('(')[0].split()[0]})"
+                for entry in entries
+            ),
+        ]
+        for (benchmark, table, row), entries in measured.items()
+        if len(entries) > 1
+    ]
+    return grid(["benchmark", "what", "ratio (date, commit, processor)"], lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "train-steps": lambda: compared(steps(), ratio_cell),
     "train-memory": lambda: compared(steps(), memory_cell),
@@ -336,6 +357,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         f"sweep-{axis}": lambda axis=axis: curve(*tables(f"train_speed-{axis}-cpu").values()) for axis in AXES
     },
     "around": around,
+    "over-time": over_time,
     "bank": bank,
     "coming-and-going": coming_and_going,
     "fine-tunes": fine_tunes,

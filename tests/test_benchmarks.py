@@ -5,6 +5,7 @@ No timing is asserted anywhere.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -257,6 +258,46 @@ def test_the_tables_of_results_are_what_their_samples_say(bench, path):
         made = bench.tables.Table.from_dict(table)
         ratios = [spread and spread.to_dict() for spread in map(made.ratio, made.rows)]
         assert ratios == [row["ratio"] for row in table["rows"]]
+
+
+def test_a_result_replaces_the_older_one_and_stays_in_the_history(bench, tmp_path):
+    def measured(day, seconds, name="speed-cpu"):
+        times = {"base": 1.0, "minilora": seconds, "PEFT": 3.0}
+        rows = [bench.tables.Row(name=name, samples=[time]) for name, time in times.items()]
+        report = {
+            "date": day,
+            "environment": {"device": "a processor, 2 cores"},
+            "tables": [bench.tables.Table(title="a step", reference="base", rows=rows).to_dict()],
+        }
+        for ending in ("json", "md", "png"):
+            (tmp_path / f"{day}-{name}.{ending}").write_text(json.dumps(report))
+        bench.history.keep(tmp_path / f"{day}-{name}.json")
+
+    for day, seconds in (("2026-01-01", 1.5), ("2026-01-02", 1.25), ("2026-01-02", 1.125)):
+        measured(day, seconds)
+    measured("2026-01-01", 2.0, name="another-speed-cpu")
+    found = [(each.date, each.benchmark, each.row, each.ratio) for each in bench.history.read(tmp_path)]
+    assert found == [
+        ("2026-01-01", "speed-cpu", "minilora", "1.500"),
+        ("2026-01-02", "speed-cpu", "minilora", "1.125"),
+        ("2026-01-01", "another-speed-cpu", "minilora", "2.000"),
+    ]
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "history.csv",
+        *(f"2026-01-02-speed-cpu.{ending}" for ending in ("json", "md", "png")),
+        *(f"2026-01-01-another-speed-cpu.{ending}" for ending in ("json", "md", "png")),
+    }
+
+
+def test_the_history_has_the_results(bench):
+    """And no benchmark has two results."""
+    history, names = bench.history.read(FOLDER / "results"), []
+    for path in (FOLDER / "results").glob("*.json"):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        names.append(path.stem.removeprefix(f"{report['date']}-"))
+        for entry in bench.history.entries(report, benchmark=names[-1], commit=""):
+            assert entry in [dataclasses.replace(each, commit="") for each in history]
+    assert len(names) == len(set(names)) > 10
 
 
 def test_the_page_says_what_the_results_say(bench):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import plots
+from . import history, plots
 from .machine import describe_environment
 from .markdown import table_text
 from .tables import Table
@@ -45,6 +45,8 @@ def finish(benchmark: str, args: argparse.Namespace, tables: list[Table], *, var
         benchmark=benchmark, options=options, environment=describe_environment(args.device), tables=tables
     )
     report.write(output)
+    if output.parent == RESULTS:
+        history.keep(output)
     print(report.markdown())
     print(f"Written: {output.with_suffix('.json')}, .md, .png")
 
