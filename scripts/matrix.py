@@ -132,7 +132,8 @@ def environment(combination: Combination, torch_index: str | None) -> str:
     else:
         transformers = combination.transformers or _pinned("transformers")
         wanted = [f"torch=={torch}", f"transformers=={transformers}", *UNPINNED]
-        wanted += [f"numpy=={combination.numpy}"] if combination.numpy else []
+        if combination.numpy:  # and the last of what goes with numpy 1, which pip is not told
+            wanted += [f"numpy=={combination.numpy}", "pyarrow<26", "pandas<3"]
         complete = _pip(python, "--editable", str(ROOT), *wanted)
     if not complete:
         raise Unavailable("pip finds no versions that go together")

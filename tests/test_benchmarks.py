@@ -598,6 +598,8 @@ def tiny_bert(folder, words):
     """Write a BERT of one layer, and a tokeniser that knows some words."""
     import transformers
 
+    if transformers.__version__ < "5":
+        pytest.skip("the examples, whose batches these are, ask for transformers 5")
     folder.mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")

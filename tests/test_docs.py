@@ -87,7 +87,9 @@ def tiny_bert():
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_page(path, sandbox):
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
+    if path.name in ("gallery.md", "kinds.md") and transformers.__version__ < "5":
+        pytest.skip("these transformers do not fuse experts")
     if path.name == "distributed.md" and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("FSDP2 of this torch does not compute on a CPU")
     if path.name == "kinds.md" and not hasattr(torch, "_grouped_mm"):

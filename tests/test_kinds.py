@@ -400,7 +400,7 @@ def test_an_embedding_leaves_the_output_layer_that_is_tied_to_it_alone():
         expected = plain(input_ids=ids).logits
         assert distance(model(input_ids=ids).logits, expected) < 1e-5
         for tie in (model.tie_weights, lambda: model.resize_token_embeddings(40)):
-            with unchanged(model), pytest.raises((AttributeError, TypeError), match="embed"):
+            with unchanged(model), pytest.raises((AttributeError, TypeError), match="embed|cannot assign"):
                 tie()
         minilora.merge(model)
         assert (model.lm_head.weight is W, embedding.base.weight is W) == (True, False)
@@ -428,6 +428,13 @@ def test_gradients_by_frequency_are_those_of_the_whole_weight():
     assert distance(model[0].lora_B.grad, expected) < 1e-12
 
 
+def fused_experts(model: nn.Module) -> nn.Module:
+    """Return the model, if its experts are stacks: before transformers 5, most were modules."""
+    if not hasattr(model, "set_experts_implementation"):
+        pytest.skip("these transformers do not fuse experts")
+    return model
+
+
 def experts_model(name: str):
     transformers = pytest.importorskip("transformers")
     shape = {
@@ -453,9 +460,7 @@ def experts_model(name: str):
 @pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss", "Mixtral"])
 def test_fused_experts_of_transformers(name, way, tmp_path):
     """Rank 3, whose rows do not begin where the grouped product wants them."""
-    model, plain, ids = experts_model(name), experts_model(name), torch.arange(12).view(2, 6)
-    if not hasattr(model, "set_experts_implementation"):
-        pytest.skip("this transformers has no choice of implementations")
+    model, plain, ids = fused_experts(experts_model(name)), experts_model(name), torch.arange(12).view(2, 6)
     model.set_experts_implementation(way)
     plain.set_experts_implementation(way)
     minilora.inject(model, ["gate_up_proj", "down_proj"], LoRAConfig(r=3))
@@ -491,7 +496,7 @@ def test_fused_experts_of_transformers(name, way, tmp_path):
 @pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
 def test_fused_experts_compile_in_one_graph_and_form_nothing(way, monkeypatch):
     """In float32 the grouped product is another operator there, which transformers registers."""
-    model, ids = experts_model("Qwen3Moe"), torch.arange(12).view(2, 6)
+    model, ids = fused_experts(experts_model("Qwen3Moe")), torch.arange(12).view(2, 6)
     model.set_experts_implementation(way)
     minilora.inject(model, ["gate_up_proj", "down_proj"], LoRAConfig(r=3))
     for tensor in minilora.adapter_state_dict(model).values():
@@ -511,7 +516,7 @@ def test_fused_experts_compile_in_one_graph_and_form_nothing(way, monkeypatch):
 
 
 def test_all_linear_reaches_experts_and_packed_projections_and_spares_routers():
-    model = minilora.inject(experts_model("Qwen3Moe"), "all-linear", LoRAConfig(r=2))
+    model = minilora.inject(fused_experts(experts_model("Qwen3Moe")), "all-linear", LoRAConfig(r=2))
     names = set(minilora.adapter_state_dict(model))
     assert any(name.endswith("experts.gate_up_proj.lora_A") for name in names)
     assert any(name.endswith("experts.down_proj.lora_A") for name in names)
@@ -723,7 +728,7 @@ def test_nothing_of_the_experts_size_is_formed(way):
     shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
     config = transformers.Qwen3MoeConfig(vocab_size=32, intermediate_size=64, **shape, **experts)
-    model = transformers.Qwen3MoeForCausalLM(config)
+    model = fused_experts(transformers.Qwen3MoeForCausalLM(config))
     model.set_experts_implementation(way)
     minilora.inject(model, ["gate_up_proj", "down_proj"], LoRAConfig(r=2))
     experts_size = min(p.numel() for name, p in model.named_parameters() if name.endswith("down_proj"))
