@@ -1,6 +1,7 @@
 """What surrounds training and inference: import, inject, save, load, merge, unmerge, switch.
 
     python benchmarks/overhead.py
+    python benchmarks/overhead.py --sweep sites     # 600 to 9,600 of them, on a narrow BERT
 
 Imports are timed in fresh processes. The rest runs on BERT-base with random weights, minilora and PEFT in
 turn, each on a model of its own.
@@ -8,6 +9,7 @@ turn, each on a model of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,9 @@ from torch import nn
 
 import minilora
 
+NARROW = "bert-narrow"
+SITES_PER_LAYER = 6
+LAYERS = (100, 400, 1600)  # of the narrow model: what is not arithmetic, without the arithmetic
 IMPORTS = {"torch + safetensors": None, "+ minilora": "minilora", "+ PEFT": "peft"}
 
 
@@ -87,33 +92,56 @@ LIBRARIES: dict[str, type[Library]] = {"PEFT": Peft, "minilora": Minilora}
 
 def measure_operations(setup: Setup, *, rounds: int) -> Table:
     """Return the time and the memory of every operation, for both libraries."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = list(_operation_rows(setup, Path(folder), rounds=rounds))
     return Table(
         title=f"{setup.model}, {setup.targets}, r = {setup.rank}, fp32",
         axis="operation",
         reference=next(iter(LIBRARIES)),
-        rows=rows,
+        rows=list(_rows(setup, rounds=rounds)),
         memory_label="peak of tensor memory above what was held before",
     )
 
 
-def _operation_rows(setup: Setup, folder: Path, *, rounds: int) -> Iterator[Row]:
+def measure_sites(setups: Sequence[Setup], *, rounds: int) -> list[Table]:
+    """Return a table for every operation: how its time grows with the number of sites.
+
+    Args:
+        setups: with the narrow model, of ever more layers.
+        rounds: how often each operation is timed.
+    """
+    tables = {
+        operation: Table(
+            title=f"{operation}, width {setups[0].shape.config.hidden_size}, r = {setups[0].rank}, fp32",
+            axis="sites",
+            reference=next(iter(LIBRARIES)),
+            rows=[],
+        )
+        for operation in OPERATIONS
+    }
+    for setup in setups:
+        assert setup.layers
+        for row in _rows(setup, rounds=rounds):
+            at = {"point": setup.layers * SITES_PER_LAYER, "memory": None}
+            tables[str(row.point)].rows.append(dataclasses.replace(row, **at))
+    return list(tables.values())
+
+
+def _rows(setup: Setup, *, rounds: int) -> Iterator[Row]:
     base = setup.build()
     libraries: dict[str, Library] = {}
     reasons: dict[str, str] = {}
-    for name, library in LIBRARIES.items():
-        with noting_why_not(name, reasons):
-            libraries[name] = library(base, setup, folder)
-    for operation in OPERATIONS:
-        contestants = [library.contestant(name, operation) for name, library in libraries.items()]
-        samples = race(contestants, clock=wall_clock(setup.device), rounds=rounds)
-        for each in contestants:
-            each.prepare()
-            memory = peak_memory(each.run, setup.device)
-            yield Row(name=each.name, point=operation, samples=samples[each.name], memory=memory)
-        for name, reason in reasons.items():
-            yield Row(name=name, point=operation, reason=reason)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, library in LIBRARIES.items():
+            with noting_why_not(name, reasons):
+                libraries[name] = library(base, setup, Path(folder))
+        for operation in OPERATIONS:
+            contestants = [library.contestant(name, operation) for name, library in libraries.items()]
+            samples = race(contestants, clock=wall_clock(setup.device), rounds=rounds)
+            for each in contestants:
+                each.prepare()
+                memory = peak_memory(each.run, setup.device)
+                yield Row(name=each.name, point=operation, samples=samples[each.name], memory=memory)
+            for name, reason in reasons.items():
+                yield Row(name=name, point=operation, reason=reason)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,10 +151,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_model_arguments(parser, targets=TARGETS)
     parser.add_argument("--import-rounds", type=positive, default=7, help="fresh processes for each import")
+    sweep = "the time over the number of sites, instead; --model and --targets are given by it"
+    parser.add_argument("--sweep", choices=["sites"], help=sweep)
     args = start(parser, argv)
     if args.quick:
         shrink(args)
         args.import_rounds = 1
+    if args.sweep:
+        setups = [
+            Setup(model=NARROW, device=args.device, rank=args.rank, seed=args.seed, layers=layers)
+            for layers in (LAYERS[:1] if args.quick else LAYERS)
+        ]
+        finish("overhead", args, measure_sites(setups, rounds=args.rounds), variant=args.sweep)
+        return
     tables = [measure_imports(IMPORTS, rounds=args.import_rounds)]
     tables += [
         measure_operations(setup_from(args, targets=targets), rounds=args.rounds) for targets in args.targets

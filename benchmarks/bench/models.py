@@ -66,6 +66,9 @@ SHAPES = {
         num_attention_heads=2,
         intermediate_size=128,
     ),
+    "bert-narrow": _bert(  # next to nothing to compute, in as many layers as one likes
+        "bert-tiny", vocab_size=128, hidden_size=16, num_attention_heads=2, intermediate_size=32
+    ),
     "minilm": _bert(  # the sizes of all-MiniLM-L6-v2: the encoder of the examples
         "bert-tiny",
         hidden_size=384,
