@@ -18,8 +18,8 @@ from .names import described
 from .problems import Problems
 from .quantized.layers import dequantized
 from .quantized.weights import is_quantized
-from .sites import Site, replace_modules, require_enabled, require_injected, require_whole
-from .torch_internals import own_parameters, own_tensors, persistent_buffers, put_buffer
+from .sites import Site, Sites, replace_modules, require_enabled, require_injected, require_whole
+from .torch_internals import own_tensors, persistent_buffers, put_buffer
 
 
 def merge(model: nn.Module, *, skip_adapters: bool = False) -> nn.Module:
@@ -196,15 +196,12 @@ def _unknown_to_loaders(
     model: nn.Module, injected: dict[str, Site], wrappers: Iterable[InjectedModule]
 ) -> Iterator[str]:
     """Yield in what the fused model differs from what a loader of the bare model takes for granted."""
-    owners: dict[int, set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in own_parameters(module).values():
-            owners.setdefault(id(parameter), set()).add(module)
-    fused, tied, grown = set(wrappers), [], []
+    sites, fused, tied, grown = Sites(model), set(wrappers), [], []
     for name, site in injected.items():
         for wrapper in fused.intersection(site.wrappers):
             replaced = wrapper.replaced_by_merging()
-            tied += [f"{name}.{n}" for n, p in replaced.items() if owners.get(id(p), set()) - {site.bare}]
+            owners = {n: {module for _, module in sites.owners_of(p)} for n, p in replaced.items()}
+            tied += [f"{name}.{n}" for n in replaced if owners[n] - {site.bare}]
             grows = isinstance(wrapper, Mergeable) and len(wrapper.replaces) > len(replaced)
             grown += [name] if grows else []
     if tied:

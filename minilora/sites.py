@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from torch import nn
 from .errors import MiniLoRAError, quoted
 from .module import InjectedModule
 from .names import ends
-from .torch_internals import children, lazy_parameters, own_parameters, put_child, shards_in
+from .torch_internals import all_modules, children, is_lazy, names_where, own_parameters, put_child, shards_in
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,8 @@ class Sites(Mapping[str, Site]):
 
     def shared(self) -> set[str]:
         """Return the names of modules that have several."""
-        first = set(self._first_names.values())
-        return {
-            name
-            for again, site in self._by_name.items()
-            if again not in first
-            for name in (again, self.first_name(site))
-        }
+        times = Counter(site.bare for site in self._by_name.values())
+        return {name for name, site in self._by_name.items() if times[site.bare] > 1}
 
     def bare(self) -> Sites:
         """Return the same places, as if nothing stood around any of them."""
@@ -222,7 +218,7 @@ def require_unwrapped(model: nn.Module) -> None:
         MiniLoRAError: naming the wrapper, or the parameters, and what to write instead.
     """
     require_module(model)
-    if lazy := lazy_parameters(model):
+    if lazy := names_where(model, is_lazy):
         raise MiniLoRAError(f"{quoted(lazy)} have no shape yet (lazy modules): call the model once first")
     fixes = {
         "DistributedDataParallel": "work on the model inside, `ddp.module`; wrap in DDP after injecting",
@@ -230,14 +226,14 @@ def require_unwrapped(model: nn.Module) -> None:
         "FullyShardedDataParallel": "inject or load first, then wrap in FSDP; gather a full model to save",
         "OptimizedModule": "work on the model inside, `compiled._orig_mod`; compile after injecting",
     }
-    for kind in {type(module) for module in model.modules()}:
+    for kind in set(map(type, all_modules(model))):
         for parent in kind.__mro__:
             # By name: importing torch.distributed.fsdp for an isinstance check takes seconds.
             if parent.__name__ in fixes and parent.__module__.startswith("torch."):
                 name = next(name for name, module in model.named_modules() if type(module) is kind)
                 where = f"{name!r} is" if name else "the model is"
                 raise MiniLoRAError(f"{where} wrapped in {parent.__name__}: {fixes[parent.__name__]}")
-    if flat := [n for n, p in model.named_parameters() if getattr(p, "_fsdp_flattened", False)]:
+    if flat := names_where(model, lambda parameter: getattr(parameter, "_fsdp_flattened", False)):
         raise MiniLoRAError(f"{quoted(flat)} are flattened by FSDP: {fixes['FullyShardedDataParallel']}")
 
 

@@ -8,14 +8,13 @@ read; `tests/test_torch_contracts.py` holds what is taken for granted here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 # Families of layers that torch has a class for, but no public name.
@@ -27,6 +26,9 @@ SpectralNorm = _SpectralNorm
 """The parametrization that `nn.utils.parametrizations.spectral_norm` registers."""
 AttentionOutput = NonDynamicallyQuantizableLinear
 """What `nn.MultiheadAttention` has as `out_proj`: it reads the weight and never calls the layer."""
+
+is_lazy = torch.nn.parameter.is_lazy
+"""Whether a parameter has no shape before the first call."""
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -95,9 +97,22 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def lazy_parameters(module: nn.Module) -> list[str]:
-    """Return the names of parameters that have no shape before the first call."""
-    return [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Return a model and all that is inside it, once each: as `modules()`, quicker, and level by level."""
+    found = {model: None}
+    for module in (in_order := [model]):
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                in_order.append(child)
+    return in_order
+
+
+def names_where(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:
+    """Return the names of the parameters that something holds of; where there are none, at a glance."""
+    if any(p is not None and holds(p) for m in all_modules(model) for p in m._parameters.values()):
+        return [name for name, parameter in model.named_parameters() if holds(parameter)]
+    return []
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -105,13 +120,13 @@ def is_shard(tensor: Tensor) -> bool:
 
     By name: importing torch.distributed for its types takes seconds.
     """
-    return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
+    kind = type(tensor)
+    return kind is not nn.Parameter and any(parent.__name__ == "DTensor" for parent in kind.__mro__)
 
 
 def shards_in(model: nn.Module) -> list[str]:
     """Return the names of the modules that `fully_shard` was called on, or else of a model's DTensors."""
-    modules = [name for name, _ in sharded_modules(model)]
-    return modules or [name for name, parameter in model.named_parameters() if is_shard(parameter)]
+    return [name for name, _ in sharded_modules(model)] or names_where(model, is_shard)
 
 
 def put_shards_back(model: nn.Module) -> None:
@@ -122,7 +137,7 @@ def put_shards_back(model: nn.Module) -> None:
 
 def sharded_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the modules that `fully_shard` was called on, by name."""
-    kinds = {kind for kind in set(map(type, model.modules())) if class_unsharded(kind) is not kind}
+    kinds = {kind for kind in set(map(type, all_modules(model))) if class_unsharded(kind) is not kind}
     return [found for found in model.named_modules() if type(found[1]) in kinds] if kinds else []
 
 

@@ -123,8 +123,5 @@ def thawed_parameters(model: nn.Module, added: Collection[int]) -> dict[str, nn.
         model: injected.
         added: as `added_tensors` returns it.
     """
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in added
-    }
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name: parameter for name, parameter in trained if id(parameter) not in added}

@@ -21,6 +21,7 @@ from ..sites import Site, injected_sites
 from ..torch_internals import (
     children,
     is_shard,
+    names_where,
     own_parameters,
     put_child,
     put_parameter,
@@ -51,7 +52,7 @@ def stand_in(model: nn.Module) -> nn.Module:
         The model itself where it is whole already.
     """
     put_shards_back(model)
-    if not any(map(is_shard, model.parameters())):
+    if not names_where(model, is_shard):
         return model
     twins: dict[nn.Module, nn.Module] = {}
     twin = _twin(model, twins)
