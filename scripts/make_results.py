@@ -83,13 +83,36 @@ def imdb() -> str:
             [
                 method,
                 f"{content['parameters']['trainable']:,}",
-                f"{content['data']['examples']['train']:,}",
+                f"{content['arguments']['lr']:g}",
                 f"{content['epochs'][-1]['train_loss']:.4f}",
-                f"{final['held_out']['accuracy']:.4f}",
-                f"{final['reported']['accuracy']:.4f} ({content['data']['examples']['reported']:,})",
+                ", ".join(f"{epoch['held_out']['accuracy']:.4f}" for epoch in content["epochs"]),
+                f"{final['reported']['accuracy']:.4f}",
             ]
         )
-    return grid(["method", "trainable", "reviews", "training loss, epoch 3", "held out", "test"], lines)
+    counts = content["data"]["examples"]
+    splits = (f"held out ({counts['held_out']:,}), by epoch", f"test ({counts['reported']:,})")
+    header = ["method", "trainable", "lr", "training loss, last epoch", *splits]
+    return f"{grid(header, lines)}\n\n{facts(content)}"
+
+
+def encoders() -> str:
+    """SST-2 on a share of its sentences, with the usual encoder and with a larger one."""
+    runs = [run(name) for name in ("sst2-minilm-2000", "sst2-mpnet-2000")]
+    counts = runs[0]["data"]["examples"]
+    lines = [
+        [
+            content["model"].removesuffix(" (local folder)"),
+            f"{content['parameters']['base']:,}",
+            f"{content['parameters']['trainable']:,}",
+            f"{content['epochs'][-1]['train_loss']:.4f}",
+            *(f"{content['final'][split]['accuracy']:.4f}" for split in SPLITS),
+            f"{sum(epoch['train_seconds'] for epoch in content['epochs']):,.0f}",
+        ]
+        for content in runs
+    ]
+    header = ["encoder", "parameters", "trained", "training loss, last epoch"]
+    splits = (f"{words} ({counts[split]:,})" for split, words in SPLITS.items())
+    return f"{grid([*header, *splits, 'seconds of training'], lines)}\n\n{facts(runs[1])}"
 
 
 def full_sst2() -> str:
@@ -371,6 +394,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "parity-accuracies": lambda: accuracies(parity()),
     "parity-gaps": lambda: gaps(parity()),
     "imdb": imdb,
+    "encoders": encoders,
+    "imdb-sweep": lambda: sweep.table(run("imdb-sweep")["runs"]),
 }
 
 
