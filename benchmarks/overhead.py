@@ -96,7 +96,7 @@ def measure_operations(setup: Setup, *, rounds: int) -> Table:
         title=f"{setup.model}, {setup.targets}, r = {setup.rank}, fp32",
         axis="operation",
         reference=next(iter(LIBRARIES)),
-        rows=list(_rows(setup, rounds=rounds)),
+        rows=list(_rows(setup, rounds=rounds, memory=True)),
         memory_label="peak of tensor memory above what was held before",
     )
 
@@ -119,13 +119,14 @@ def measure_sites(setups: Sequence[Setup], *, rounds: int) -> list[Table]:
     }
     for setup in setups:
         assert setup.layers
-        for row in _rows(setup, rounds=rounds):
-            at = {"point": setup.layers * SITES_PER_LAYER, "memory": None}
-            tables[str(row.point)].rows.append(dataclasses.replace(row, **at))
+        for row in _rows(setup, rounds=rounds, memory=False):
+            sites = setup.layers * SITES_PER_LAYER
+            tables[str(row.point)].rows.append(dataclasses.replace(row, point=sites))
     return list(tables.values())
 
 
-def _rows(setup: Setup, *, rounds: int) -> Iterator[Row]:
+def _rows(setup: Setup, *, rounds: int, memory: bool) -> Iterator[Row]:
+    """Yield what was measured of each operation, the memory in a run of its own."""
     base = setup.build()
     libraries: dict[str, Library] = {}
     reasons: dict[str, str] = {}
@@ -138,8 +139,8 @@ def _rows(setup: Setup, *, rounds: int) -> Iterator[Row]:
             samples = race(contestants, clock=wall_clock(setup.device), rounds=rounds)
             for each in contestants:
                 each.prepare()
-                memory = peak_memory(each.run, setup.device)
-                yield Row(name=each.name, point=operation, samples=samples[each.name], memory=memory)
+                peak = peak_memory(each.run, setup.device) if memory else None
+                yield Row(name=each.name, point=operation, samples=samples[each.name], memory=peak)
             for name, reason in reasons.items():
                 yield Row(name=name, point=operation, reason=reason)
 

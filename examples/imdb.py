@@ -120,8 +120,8 @@ def fine_tune(run: runs.Run) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example and returns its exit code."""
     parser = argument_parser("imdb", __doc__, data=DATA, max_length=256)
-    add = parser.add_argument_group("method").add_argument
     parser.set_defaults(lr=5e-4)  # chosen with both, which 1e-3 sends to chance on few reviews
+    add = parser.add_argument_group("method").add_argument
     method = "what is injected (default: %(default)s)"
     add("--method", choices=("lora", "adapter", "both"), default="both", help=method)
     width = "width of the adapters (default: %(default)s)"

@@ -90,15 +90,14 @@ def imdb() -> str:
             ]
         )
     counts = content["data"]["examples"]
-    splits = (f"held out ({counts['held_out']:,}), by epoch", f"test ({counts['reported']:,})")
-    header = ["method", "trainable", "lr", "training loss, last epoch", *splits]
+    columns = (f"held out ({counts['held_out']:,}), by epoch", f"test ({counts['reported']:,})")
+    header = ["method", "trainable", "lr", "training loss, last epoch", *columns]
     return f"{grid(header, lines)}\n\n{facts(content)}"
 
 
 def encoders() -> str:
     """SST-2 on a share of its sentences, with the usual encoder and with a larger one."""
     runs = [run(name) for name in ("sst2-minilm-2000", "sst2-mpnet-2000")]
-    counts = runs[0]["data"]["examples"]
     lines = [
         [
             content["model"].removesuffix(" (local folder)"),
@@ -110,15 +109,13 @@ def encoders() -> str:
         ]
         for content in runs
     ]
-    header = ["encoder", "parameters", "trained", "training loss, last epoch"]
-    splits = (f"{words} ({counts[split]:,})" for split, words in SPLITS.items())
-    return f"{grid([*header, *splits, 'seconds of training'], lines)}\n\n{facts(runs[1])}"
+    header = ["encoder", "parameters", "trained", "training loss, last epoch", *splits(runs[0])]
+    return f"{grid([*header, 'seconds of training'], lines)}\n\n{facts(runs[1])}"
 
 
 def full_sst2() -> str:
     """SST-2 in full: one run, epoch by epoch."""
     content = run("sst2-minilm-lora")
-    counts = content["data"]["examples"]
     lines = [
         [
             str(epoch["epoch"]),
@@ -128,15 +125,12 @@ def full_sst2() -> str:
         ]
         for epoch in content["epochs"]
     ]
-    header = ["after epoch", "training loss"]
-    splits = (f"{words} ({counts[split]:,})" for split, words in SPLITS.items())
-    return f"{grid([*header, *splits], lines)}\n\n{facts(content)}"
+    return f"{grid(['after epoch', 'training loss', *splits(content)], lines)}\n\n{facts(content)}"
 
 
 def sample() -> str:
     """The sentences that come with the project: one run for each seed."""
     runs = [run(f"sample-minilm-lora-{seed}") for seed in range(3)]
-    counts = runs[0]["data"]["examples"]
     lines = [
         [
             str(content["seed"]),
@@ -149,9 +143,8 @@ def sample() -> str:
         ]
         for content in runs
     ]
-    header = ["seed", "training loss, last epoch"]
-    splits = (f"{words} ({counts[split]:,})" for split, words in SPLITS.items())
-    table = grid([*header, *splits, "seconds, start to end"], lines)
+    header = ["seed", "training loss, last epoch", *splits(runs[0]), "seconds, start to end"]
+    table = grid(header, lines)
     return f"{table}\n\n{facts(runs[0])}"
 
 
@@ -189,6 +182,12 @@ def answers() -> str:
     written = run("questions-decoder-0")["written"]
     lines = [f"| {entry['question']} | {entry['after'].strip()} |" for entry in written]
     return "\n".join(["| question, held out | answer, drawn |", "|---|---|", *lines])
+
+
+def splits(content: dict[str, Any]) -> list[str]:
+    """The splits that a run was measured on, with their sizes, as headers."""
+    counts = content["data"]["examples"]
+    return [f"{words} ({counts[split]:,})" for split, words in SPLITS.items()]
 
 
 def facts(content: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -170,3 +171,14 @@ def interrupted(act: Callable[[], object], at: int) -> bool:
     finally:
         sys.settrace(before)
     return came
+
+
+def skip_as_the_bare_model(compiled: Callable[[], object]) -> None:
+    """Skip a test whose model this torch could not compile whole, if it cannot compile the bare one either.
+
+    Args:
+        compiled: calls the bare model, compiled alike.
+    """
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled()
+    pytest.skip("this torch does not compile the bare model whole")

@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 import torch
-from checks import distance, randomise, raw, state, unchanged
+from checks import distance, randomise, raw, skip_as_the_bare_model, state, unchanged
 from kinds import KINDS, Experts, Kind, materialised
+from models import transformers_major
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -399,8 +400,9 @@ def test_an_embedding_leaves_the_output_layer_that_is_tied_to_it_alone():
     with torch.no_grad():
         expected = plain(input_ids=ids).logits
         assert distance(model(input_ids=ids).logits, expected) < 1e-5
-        for tie in (model.tie_weights, lambda: model.resize_token_embeddings(40)):
-            with unchanged(model), pytest.raises((AttributeError, TypeError), match=r"embed|cannot assign"):
+        told = "embed" if transformers_major() >= 5 else "cannot assign"
+        for tie, words in ((model.tie_weights, told), (lambda: model.resize_token_embeddings(40), "embed")):
+            with unchanged(model), pytest.raises((AttributeError, TypeError), match=words):
                 tie()
         minilora.merge(model)
         assert (model.lm_head.weight is W, embedding.base.weight is W) == (True, False)
@@ -508,9 +510,7 @@ def test_fused_experts_compile_in_one_graph_and_form_nothing(way, monkeypatch):
         found = compiled(input_ids=ids).logits.detach()
     except torch._dynamo.exc.Unsupported:  # by an old torch
         bare = torch.compile(experts_model("Qwen3Moe").eval(), fullgraph=True, backend="aot_eager")
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            bare(input_ids=ids)
-        pytest.skip("this torch does not compile the bare model whole")
+        skip_as_the_bare_model(lambda: bare(input_ids=ids))
     assert distance(found, model(input_ids=ids).logits.detach()) < 1e-5
     torch.compiler.reset()
 

@@ -10,9 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .ratios import Spread
-from .tables import Table
-
 HISTORY = "history.csv"
 
 
@@ -38,19 +35,17 @@ class Entry:
 
 def entries(report: dict[str, Any], *, benchmark: str, commit: str) -> Iterator[Entry]:
     """Yield the entries of a result's JSON."""
-    for values in report.get("tables", ()):
-        table = Table.from_dict(values)
-        for row in table.rows:
-            ratio: Spread | None = table.ratio(row)
-            if ratio is not None and "minilora" in row.name and row.name != table.reference:
+    for table in report.get("tables", ()):
+        for row in table["rows"]:
+            if row["ratio"] and "minilora" in row["name"] and row["name"] != table["reference"]:
                 yield Entry(
                     date=report["date"],
                     commit=commit,
                     machine=report["environment"]["device"],
                     benchmark=benchmark,
-                    table=table.title,
-                    row=row.name if row.point is None else f"{row.name}, {row.point}",
-                    ratio=f"{ratio.median:.3f}",
+                    table=table["title"],
+                    row=row["name"] if row["point"] is None else f"{row['name']}, {row['point']}",
+                    ratio=f"{row['ratio']['median']:.3f}",
                 )
 
 

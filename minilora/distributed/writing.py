@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..torch_internals import is_shard, names_where
+from ..torch_internals import is_shard
 
 
 def by_one(model: nn.Module, act: Callable[[], None]) -> None:
@@ -23,11 +23,11 @@ def by_one(model: nn.Module, act: Callable[[], None]) -> None:
     Raises:
         BaseException: what the act raised, in every process.
     """
-    if not (names := names_where(model, is_shard)):
+    parameters: list[Any] = list(filter(is_shard, model.parameters()))
+    if not parameters:
         act()
         return
-    shards: list[Any] = list(map(model.get_parameter, names))
-    mesh = max((shard.device_mesh for shard in shards), key=lambda mesh: mesh.size())
+    mesh = max((parameter.device_mesh for parameter in parameters), key=lambda mesh: mesh.size())
     raised: BaseException | None = None
     if not any(mesh.get_coordinate()):
         try:
