@@ -3,6 +3,7 @@
     python benchmarks/train_speed.py                        # 4 layers of BERT-base, 16 x 128, fp32 and bf16
     python benchmarks/train_speed.py --sweep rank           # how the cost grows: one curve per contestant
     python benchmarks/train_speed.py --dora                 # DoRA, against LoRA
+    python benchmarks/train_speed.py --kinds                # convolutions, an embedding, experts
     python benchmarks/train_speed.py --model minilm --data FOLDER --batch 32 --rank 4 --dropout 0.1    # SST-2
     python benchmarks/train_speed.py --device cuda --layers 12 --batch 32
     python benchmarks/train_speed.py --device cuda --model llama-1b --batch 4 --length 512
@@ -14,13 +15,15 @@ weight gradient is taken.
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from bench.agreement import compare_losses
 from bench.arguments import parser_for, positive, start
-from bench.loads import AXES, Load
+from bench.loads import AXES, KINDS, Load, load_of
 from bench.memory import peak_memory, resident_memory
 from bench.methods import DORA_METHODS, TRAINING_METHODS, TrainingMethod
 from bench.reports import finish
@@ -35,11 +38,13 @@ from bench.setups import (
 from bench.tables import Row, Table
 from bench.timing import Contestant, device_clock, race
 from bench.unmeasured import noting_why_not
+from torch import nn
 
 REFERENCE = "frozen-bound"
 MINILORA = "minilora"
 PEFT = "PEFT"
 SWEPT = (REFERENCE, "plain form", MINILORA, PEFT)
+OF_ANY_KIND = (REFERENCE, "frozen-bound, inputs kept", "full fine-tuning", MINILORA, PEFT)
 LEARNING_RATE = 1e-4
 
 
@@ -55,6 +60,9 @@ class TrainingStep:
         setup = load.setup
         self.setup = setup
         self.model = method(setup.build(), setup).train()
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # minilora leaves the statistics of what is frozen alone
+                module.eval()
         self.call: Callable[..., Any] = setup.compile(self.model) if load.compiled else self.model
         self.batches = load.batches()
         self.steps = 0
@@ -140,6 +148,24 @@ def sweep(load: Load, name: str, *, rounds: int, quick: bool) -> Table:
     )
 
 
+def kinds(args: argparse.Namespace, precision: str) -> Table:
+    """Return the comparison for layers that are not linear, each in a model that has them."""
+    rows: list[Row] = []
+    methods = {name: TRAINING_METHODS[name] for name in OF_ANY_KIND}
+    loads = {kind: load_of(kind, precision, args) for kind in KINDS}
+    for kind, load in loads.items():
+        print(load.title, flush=True)
+        point = f"{kind} of {load.setup.model}, {load.batch} x {load.length}"
+        rows += [dataclasses.replace(row, point=point) for row in measure(load, methods, rounds=args.rounds)]
+    return Table(
+        title=f"layers that are not linear, r = {args.rank}, {precision}",
+        axis="what is adapted",
+        reference=REFERENCE,
+        memory_reference=PEFT,
+        rows=rows,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = parser_for("Training speed and memory of LoRA, against the frozen base.", rounds=9)
@@ -158,6 +184,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--sweep", choices=list(AXES), help="measure along this axis instead of at one point")
     kind.add_argument("--dora", action="store_true", help="measure DoRA, against LoRA")
+    kind.add_argument(
+        "--kinds",
+        action="store_true",
+        help="measure convolutions, an embedding and experts, in models of theirs",
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile every contestant")
     parser.add_argument(
         "--data",
@@ -183,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sentences = sentence_batches(args.data, args.batch, args.seed)
     tables = []
     for precision in args.precision:
+        if args.kinds:
+            tables.append(kinds(args, precision))
+            continue
         for targets in args.targets:
             setup = setup_from(
                 args, targets=targets, precision=precision, layers=args.layers, dropout=args.dropout
@@ -204,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train_speed",
         args,
         tables,
-        variant=args.sweep or ("dora" if args.dora else "sentences" if args.data else ""),
+        variant=args.sweep
+        or ("dora" if args.dora else "kinds" if args.kinds else "sentences" if args.data else ""),
     )
 
 

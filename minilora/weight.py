@@ -105,11 +105,15 @@ class EffectiveWeight:
         low = F.embedding(ids, self.left, padding_idx)  # (..., r)
         if self.dropout:
             low = low * self.dropped(low.new_ones(*low.shape[:-1], 1))
-        return rows + (low @ self.right * self.scaling).to(rows.dtype)
+        return rows + (low @ self.scaled(self.right)).to(rows.dtype)
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return x as the low-rank path sees it: with dropout, while training."""
         return dropped(x, self.dropout)
+
+    def scaled(self, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return s times L or R, which are small, for outputs are not; in a dtype, rounded once."""
+        return (factor * self.scaling).to(dtype or factor.dtype)
 
     def parts(self, take: Callable[[Tensor], Tensor]) -> EffectiveWeight:
         """Return the value whose three parts are taken from this one's in the same way."""
@@ -259,12 +263,10 @@ def _matmul(product: Any, a: Any, b: Any) -> Any:
     """Multiply from the right, x W + s (x L) R, or from the left, W x + s L (R x)."""
     if isinstance(a, Tensor) and b.is_matrix:
         y, x = product(a, b.weight), b.dropped(a)
-        delta = product(product(x, b.left.to(a.dtype)), b.right.to(a.dtype))
-        return y + (delta * b.scaling).to(y.dtype)
+        return y + product(product(x, b.left.to(a.dtype)), b.scaled(b.right, a.dtype)).to(y.dtype)
     if isinstance(b, Tensor) and a.is_matrix:
         y, x = product(a.weight, b), a.dropped(b)
-        delta = product(a.left.to(b.dtype), product(a.right.to(b.dtype), x))
-        return y + (delta * a.scaling).to(y.dtype)
+        return y + product(a.scaled(a.left, b.dtype), product(a.right.to(b.dtype), x)).to(y.dtype)
     return NotImplemented
 
 
@@ -282,10 +284,10 @@ def _grouped_mm(grouped_mm: Any, x: Any, weight: Any, *args: Any, **kwargs: Any)
     r, step = weight.left.shape[-1], 16 // x.element_size()
     more = -r % step
     left = F.pad(weight.left.to(x.dtype), (0, more)).contiguous()
-    right = F.pad(weight.right.to(x.dtype), (0, 0, 0, more)).contiguous()
+    right = F.pad(weight.scaled(weight.right, x.dtype), (0, 0, 0, more)).contiguous()
     y = grouped_mm(x, weight.weight, *args, **kwargs)
     h = grouped_mm(weight.dropped(x).contiguous(), left, *args, **kwargs)
-    return y + (grouped_mm(h.contiguous(), right, *args, **kwargs) * weight.scaling).to(y.dtype)
+    return y + grouped_mm(h.contiguous(), right, *args, **kwargs).to(y.dtype)
 
 
 @rule(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -307,8 +309,8 @@ def _convolution(
     x = x.reshape(n * groups, channels, *space)
     h = conv(x, weight.right.to(x.dtype).view(-1, channels, *kernel), None, stride, padding, dilation)
     h = h.reshape(n, -1, *h.shape[2:])  # (n, groups r, ...)
-    points = weight.left.to(h.dtype)[(..., *(None for _ in kernel))]  # (out, r, 1, ...)
-    delta = conv(h, points, None, 1, 0, 1, groups) * weight.scaling
+    points = weight.scaled(weight.left, h.dtype)[(..., *(None for _ in kernel))]  # (out, r, 1, ...)
+    delta = conv(h, points, None, 1, 0, 1, groups)
     return y + (delta if batched else delta.squeeze(0)).to(y.dtype)
 
 

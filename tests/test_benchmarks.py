@@ -483,8 +483,35 @@ def test_train_speed(script, tmp_path):
         assert list(rows) == [(None, name) for name in script("bench.methods").TRAINING_METHODS]
         for (_, name), row in rows.items():
             assert (row["not_measured"] is None) == installed(name), row
-        full, bound = rows[None, "full fine-tuning"], rows[None, "frozen-bound"]
-        assert full["memory_bytes"] > rows[None, "minilora"]["memory_bytes"] > bound["memory_bytes"]
+        rising = ("frozen-bound", "frozen-bound, inputs kept", "minilora", "full fine-tuning")
+        memory = [rows[None, name]["memory_bytes"] for name in rising]
+        assert memory == sorted(set(memory))
+
+
+def test_train_speed_of_other_kinds(script, tmp_path):
+    train_speed = script("train_speed")
+    (table,) = run(train_speed, tmp_path / "result.json", "--precision", "fp32", "--kinds")
+    rows = rows_of(table)
+    assert {name for _, name in rows} == set(train_speed.OF_ANY_KIND)
+    assert [point.split()[0] for point in dict.fromkeys(point for point, _ in rows)] == [*train_speed.KINDS]
+    for (_, name), row in rows.items():
+        assert (row["not_measured"] is None) == installed(name), row
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16-autocast", 2)])
+def test_inputs_that_layers_share_are_kept_once(script, precision, size):
+    methods, setups = script("bench.methods"), script("bench.setups")
+    setup = setups.Setup(model="bert-tiny", device=torch.device("cpu"), targets="qv", precision=precision)
+    layer = methods.keeping_inputs(setup.build(), setup).bert.encoder.layer[0].attention.self
+    x, kept = torch.randn(4, 64, requires_grad=True), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), setup.autocast(training=True):
+        layer.query(x), layer.value(x)
+    assert [tensor.element_size() for tensor in kept.values() if tensor.shape == x.shape] == [size]
 
 
 def test_train_speed_of_dora(script, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from .models import SHAPES
 from .setups import Setup
 
 
@@ -25,11 +27,12 @@ class Load:
     @property
     def title(self) -> str:
         setup = self.setup
-        layers = setup.layers or setup.shape.config.num_hidden_layers
+        layers = setup.layers or getattr(setup.shape.config, "num_hidden_layers", None)
+        depth = f"{layers} layers, " if layers else ""
         what = "sentences" if self.sentences else self.length
         dropout = f"dropout {setup.dropout}, " if setup.dropout else ""
         return (
-            f"{setup.model}, {layers} layers, batch {self.batch} x {what}, {setup.targets}, "
+            f"{setup.model}, {depth}batch {self.batch} x {what}, {setup.targets}, "
             f"r = {setup.rank}, {dropout}{setup.precision}{', torch.compile' if self.compiled else ''}"
         )
 
@@ -65,3 +68,21 @@ AXES = {
     "layers": Axis("layers", (2, 4, 8, 12, 24), (1, 2)),
     "length": Axis("tokens per sequence", (32, 64, 128, 256, 512), (8, 16)),
 }
+
+
+KINDS = {
+    "convolutions": ("resnet-18", 8, 128),
+    "embedding": ("minilm", 16, 64),
+    "experts": ("qwen-moe", 4, 64),
+}
+"""What is adapted and not linear: in which model, on how many sequences or images of what length."""
+
+
+def load_of(kind: str, precision: str, args: argparse.Namespace) -> Load:
+    """Return the load of a key of `KINDS`, in a quick run a tiny one."""
+    model, batch, length = KINDS[kind]
+    if args.quick:
+        model, batch, length = SHAPES[model].quick, 2, 16
+    update = {"rank": args.rank, "seed": args.seed, "precision": precision}
+    setup = Setup(model=model, device=args.device, targets=kind, **update)
+    return Load(setup=setup, batch=batch, length=length)

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import minilora
+from minilora.functional import compute_dtype
 
 from .plain import PlainLoRA
-from .setups import Setup, target_layers
+from .setups import Setup, adapted_modules, target_layers
 from .unmeasured import NotMeasured, import_optional
 
 TrainingMethod = Callable[[nn.Module, Setup], nn.Module]
@@ -28,11 +30,48 @@ def frozen_bound(model: nn.Module, setup: Setup) -> nn.Module:
     The gradient has to come down to that layer, as it does in any LoRA step; no weight gradient is taken.
     """
     _freeze_all_but_head(model, setup)
-    first = next(iter(target_layers(model, setup).values()))
-    if first.bias is None:
-        first.bias = nn.Parameter(first.weight.new_zeros(first.out_features))
-    first.bias.requires_grad_(True)
+    first = next(adapted_modules(model, setup))
+    if isinstance(first, nn.Linear):
+        if first.bias is None:
+            first.bias = nn.Parameter(first.weight.new_zeros(first.out_features))
+        first.bias.requires_grad_(True)
+    else:
+        first.one_bias = nn.Parameter(torch.zeros((), device=setup.device))
+        first.register_forward_hook(lambda module, _, y: y + module.one_bias)
     return model
+
+
+def keeping_inputs(model: nn.Module, setup: Setup) -> nn.Module:
+    """Keep the input of each adapted layer, too, once where layers share it: the gradient of A needs it.
+
+    The least memory that a LoRA step can take; frozen-bound lets go of such inputs.
+    """
+    rounded = WeakTensorKeyDictionary()  # one copy in 16 bits for all, too
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, dtype = args[0], compute_dtype(args[0])
+        if x.dtype == dtype or not x.is_floating_point():
+            kept = x
+        elif (kept := rounded.get(x)) is None:
+            kept = rounded[x] = x.detach().to(dtype)
+        return (_Kept.apply(x, kept), *args[1:])
+
+    for module in adapted_modules(frozen_bound(model, setup), setup):
+        module.register_forward_pre_hook(keep)
+    return model
+
+
+class _Kept(torch.autograd.Function):
+    """The identity, which keeps something for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
 
 
 def full_fine_tuning(model: nn.Module, setup: Setup) -> nn.Module:
@@ -81,7 +120,8 @@ def peft_config(setup: Setup, **more: Any) -> Any:
         r=setup.rank,
         lora_alpha=setup.alpha,
         lora_dropout=setup.dropout,
-        target_modules=setup.target_names,
+        target_modules=[] if setup.adapts_parameters else setup.target_names,
+        target_parameters=setup.target_names if setup.adapts_parameters else None,
         modules_to_save=list(setup.shape.head) or None,
         **more,
     )
@@ -123,6 +163,7 @@ def with_adapters(model: nn.Module, setup: Setup) -> nn.Module:
 
 TRAINING_METHODS: dict[str, TrainingMethod] = {
     "frozen-bound": frozen_bound,
+    "frozen-bound, inputs kept": keeping_inputs,
     "full fine-tuning": full_fine_tuning,
     "plain form": plain_form,
     "minilora": with_minilora,

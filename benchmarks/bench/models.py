@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and PEFT read it: nobody shall time the network
 
@@ -23,9 +24,14 @@ class Shape:
     head: tuple[str, ...]
     """Modules to be trained in full."""
     targets: dict[str, tuple[str, ...]]
-    """Suffixes of module names, by what `--targets` calls them; all libraries here read them alike."""
+    """Suffixes of names of modules, or of parameters, by what `--targets` calls them; all libraries here read
+    them alike."""
     quick: str
     """Name of the tiny shape that stands in for this one in a quick run."""
+
+    @property
+    def takes_images(self) -> bool:
+        return bool(self.kind.main_input_name == "pixel_values")
 
 
 def _bert(quick: str, **sizes: int) -> Shape:
@@ -38,6 +44,7 @@ def _bert(quick: str, **sizes: int) -> Shape:
         targets={
             "qv": ("query", "value"),
             "all-linear": ("query", "key", "value", "output.dense", "intermediate.dense"),
+            "embedding": ("word_embeddings",),
         },
         quick=quick,
     )
@@ -53,6 +60,26 @@ def _llama(quick: str, **sizes: int) -> Shape:
             "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         },
         quick=quick,
+    )
+
+
+def _resnet(**sizes: Any) -> Shape:
+    return Shape(
+        kind=transformers.ResNetForImageClassification,
+        config=transformers.ResNetConfig(**sizes, layer_type="basic", num_labels=2),
+        head=("classifier.1",),
+        targets={"convolutions": ("convolution",)},
+        quick="resnet-tiny",
+    )
+
+
+def _qwen_moe(**sizes: int) -> Shape:
+    return Shape(
+        kind=transformers.Qwen3MoeForCausalLM,
+        config=transformers.Qwen3MoeConfig(**sizes, tie_word_embeddings=True),
+        head=(),
+        targets={"experts": ("experts.gate_up_proj", "experts.down_proj")},
+        quick="qwen-moe-tiny",
     )
 
 
@@ -105,5 +132,27 @@ SHAPES = {
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
+    ),
+    "resnet-18": _resnet(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2]),
+    "resnet-tiny": _resnet(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
+    "qwen-moe": _qwen_moe(  # 16 experts, of which a token takes 4; 0.16 billion parameters
+        vocab_size=8192,
+        hidden_size=768,
+        moe_intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        num_experts=16,
+        num_experts_per_tok=4,
+    ),
+    "qwen-moe-tiny": _qwen_moe(
+        vocab_size=128,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
     ),
 }

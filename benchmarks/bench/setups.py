@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,11 @@ class Setup:
         return list(self.shape.targets[self.targets])
 
     @property
+    def adapts_parameters(self) -> bool:
+        """Whether the targets are parameters, and not layers."""
+        return self.targets == "experts"
+
+    @property
     def alpha(self) -> int:
         return 2 * self.rank
 
@@ -77,10 +82,14 @@ class Setup:
         return torch.randint(vocabulary, (batch, length), generator=generator).to(self.device)
 
     def training_batch(self, batch: int, length: int) -> dict[str, Tensor]:
-        """Return tokens, and as labels a class for each sequence, or the tokens themselves."""
+        """Return tokens, or images `length` pixels wide, and as labels a class for each, or the tokens."""
+        classes = torch.arange(batch, device=self.device) % 2
+        if self.shape.takes_images:
+            generator = torch.Generator().manual_seed(self.seed)
+            pixels = torch.randn(batch, 3, length, length, generator=generator).to(self.device)
+            return {"pixel_values": pixels, "labels": classes}
         tokens = self.tokens(batch, length)
-        labels = torch.arange(batch, device=self.device) % 2 if self.shape.head else tokens
-        return {"input_ids": tokens, "labels": labels}
+        return {"input_ids": tokens, "labels": classes if self.shape.head else tokens}
 
     def autocast(self, *, training: bool) -> contextlib.AbstractContextManager[Any]:
         """Return the context that this precision runs in; a new one for each use."""
@@ -109,6 +118,14 @@ def target_layers(model: nn.Module, setup: Setup) -> dict[str, nn.Linear]:
     }
 
 
+def adapted_modules(model: nn.Module, setup: Setup) -> Iterator[nn.Module]:
+    """Yield the modules that are targets, or have a parameter that is one, in the model's order."""
+    for name, module in model.named_modules():
+        names = [name, *(f"{name}.{own}" for own, _ in module.named_parameters(recurse=False))]
+        if any(_is_target(each, setup.target_names) for each in names):
+            yield module
+
+
 def _is_target(name: str, targets: Sequence[str]) -> bool:
     """Whether a module's name is one of the targets, or ends in one as a whole segment."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -116,7 +133,8 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, targets: Sequence[str]) -> None:
     """Add `--model`, and `--targets` with its default."""
-    parser.add_argument("--model", choices=list(SHAPES), default="bert-base", help="random weights")
+    models = [name for name, shape in SHAPES.items() if set(TARGETS) <= shape.targets.keys()]
+    parser.add_argument("--model", choices=models, default="bert-base", help="random weights")
     parser.add_argument(
         "--targets", choices=TARGETS, nargs="+", default=list(targets), help="one table for each"
     )
