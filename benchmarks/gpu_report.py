@@ -29,6 +29,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "train_speed-bert-dora": ("train_speed", *BERT, "--precision", "bf16-autocast", "--dora"),
     "train_speed-bert-compiled": ("train_speed", *BERT, "--precision", "bf16-autocast", "--compile"),
     "train_speed-llama-1b": ("train_speed", *LLAMA, *BF16),
+    "train_speed-kinds": ("train_speed", "--precision", "fp32", *BF16[1:], "--kinds"),
     "train_speed-tokens": ("train_speed", "--sweep", "tokens"),
     "merge_speed-bert": ("merge_speed", "--batch", "32"),
     "merge_speed-llama-1b": ("merge_speed", *LLAMA),
@@ -36,6 +37,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "merge_speed-llama-1b-decode": ("merge_speed", "--model", "llama-1b", "--batch", "1", "--decode"),
     "many_adapters-llama-135m": ("many_adapters",),
     "overhead-bert": ("overhead",),
+    "skinny_products": ("skinny_products",),
 }
 """The benchmark and its options, by the name of its results."""
 

@@ -529,6 +529,25 @@ def test_train_speed_sweeps(script, tmp_path):
     assert list(rows_of(table)) == [(p, name) for p in (1, 32) for name in train_speed.SWEPT]
 
 
+def test_skinny_products(script, tmp_path):
+    products = script("skinny_products")
+    fp32, bf16 = map(rows_of, run(products, tmp_path / "result.json"))
+    assert {name for _, name in fp32} == {products.SEPARATE, products.CHUNKS, products.STACKED, products.OWN}
+    assert {point for point, _ in bf16} - {point for point, _ in fp32} == {"rounding x"}
+
+
+def test_skinny_products_are_the_same_however_they_are_formed(script):
+    import argparse
+
+    options = {"batch": 2, "length": 7, "width": 8, "rank": 3, "chunk": 4, "device": torch.device("cpu")}
+    products = script("skinny_products")
+    of = products.Products(argparse.Namespace(**options), torch.float32)
+    for name, ways in of.operations():
+        expected = torch.cat(ways[products.SEPARATE]())
+        assert torch.allclose(torch.cat(ways[products.CHUNKS]()), expected, atol=1e-5), name
+        assert torch.allclose(ways[products.STACKED](), expected, atol=1e-5), name
+
+
 @pytest.mark.slow
 def test_overhead(script, tmp_path, monkeypatch):
     overhead = script("overhead")

@@ -25,11 +25,12 @@ def finish(benchmark: str, args: argparse.Namespace, tables: list[Table], *, var
 
     Args:
         benchmark: its name.
-        args: the command line, with a model.
+        args: the command line, with a model if there is one.
         tables: what was measured.
         variant: what sets this run apart, for its name; a model other than BERT is named anyway.
     """
-    model = "" if args.model.startswith("bert") else args.model
+    model = getattr(args, "model", "")
+    model = "" if model.startswith("bert") else model
     benchmark = "-".join(part for part in (benchmark, model, variant) if part)
     folder = QUICK_RESULTS if args.quick else RESULTS
     output = args.output or folder / f"{date.today().isoformat()}-{benchmark}-{args.device.type}.json"
