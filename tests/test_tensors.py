@@ -19,7 +19,9 @@ from test_fuzz import GOOD, HOSTILE, damaged, quickly
 from minilora import CheckpointError
 from minilora.files.tensors import (
     DTYPE_NAMES,
+    FLOAT_DTYPES,
     entries_of,
+    is_finite,
     opened,
     read_tensors,
     write_tensors,
@@ -171,3 +173,12 @@ def test_a_header_of_other_json(tmp_path: Path) -> None:
         header_and(tmp_path / "a", {"x": wrong}, 4)
         with pytest.raises(CheckpointError, match="not a sound safetensors file"), opened(tmp_path / "a"):
             pass
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES.values(), ids=str)
+def test_what_is_not_finite_is_found_and_what_is_large_is_not(dtype: torch.dtype) -> None:
+    large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(large)
+    assert is_finite(torch.empty(0, dtype=dtype))
+    for values in ([torch.nan], [torch.inf], [torch.inf, -torch.inf]):
+        assert not is_finite(torch.cat([large, torch.tensor(values, dtype=dtype)]))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -47,9 +48,14 @@ class Signature:
     """The sum of their absolute values."""
 
     @classmethod
-    def of(cls, weight: Tensor) -> Signature:
-        """Return the signature of a floating-point tensor with values, on any device."""
-        places, values = _places(weight.numel()).to(weight.device), weight.detach()
+    def of(cls, weight: Tensor, places_in: Callable[[int], Tensor] | None = None) -> Signature:
+        """Return the signature of a floating-point tensor with values, on any device.
+
+        Args:
+            weight: the tensor.
+            places_in: `_places`, where it is known for many weights of one size.
+        """
+        places, values = (places_in or _places)(weight.numel()).to(weight.device), weight.detach()
         if values.is_contiguous():
             values = values.view(-1)[places]
         else:  # flattened, it would be a copy of it all
@@ -144,6 +150,7 @@ class Fingerprint:
         unchecked: dict[str, str] = {}
         transposed: set[str] = set()
         layers: dict[str, str] = {}
+        places_in = cache(_places)  # of a size once
         for owner, site in one_by_one(injected.items()):
             shape = linear_shape(site.bare)
             for wrapper in site.wrappers:
@@ -162,7 +169,7 @@ class Fingerprint:
                 if isinstance(weight, str):
                     unchecked[name] = weight
                 elif weight is not None:
-                    signatures[name] = Signature.of(weight)
+                    signatures[name] = Signature.of(weight, places_in)
         return cls(signatures, unchecked, layers=layers, transposed=frozenset(transposed))
 
     def renamed(self, rename: Callable[[str], str]) -> Fingerprint:
