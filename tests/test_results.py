@@ -22,7 +22,7 @@ def make_results(
     before = set(sys.modules)
     yield load_script("make_results")
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("bench", "finetune", "matrix", "sweep"):
+        if name.partition(".")[0] in ("bench", "figures", "finetune", "matrix", "sweep"):
             del sys.modules[name]
 
 
