@@ -1,6 +1,7 @@
 """Where a training step spends its time: torch's profile of frozen-bound and of minilora, side by side.
 
-    python benchmarks/profile_step.py --precision fp32
+    python benchmarks/profile_step.py
+    python benchmarks/profile_step.py --precision fp32 --targets qv
 
 The difference of the two columns is what LoRA costs, by operation and shape.
 """
@@ -8,11 +9,12 @@ The difference of the two columns is what LoRA costs, by operation and shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench.arguments import parser_for, positive, start
 from bench.loads import Load
-from bench.markdown import grid
 from bench.methods import TRAINING_METHODS
+from bench.profiles import Profile, write_profiles
 from bench.profiling import quiet_profile
 from bench.setups import PRECISIONS, TARGETS, add_batch_arguments, setup_from, shrink
 from torch.autograd import DeviceType
@@ -47,32 +49,31 @@ def self_times(step: TrainingStep) -> dict[tuple[str, str], float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the operations in which the two differ most."""
+    """Profile both, print the operations in which they differ most, and write them."""
     parser = parser_for("Profile of a training step.")
     parser.set_defaults(model="bert-base")
     parser.add_argument("--layers", type=positive, default=4, help="number of layers of BERT-base")
     add_batch_arguments(parser)
     parser.add_argument("--targets", choices=TARGETS, default="all-linear", help="what to adapt")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and autocast")
-    parser.add_argument("--rows", type=positive, default=14, help="operations to print")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        nargs="+",
+        default=["fp32", "bf16-autocast"],
+        help="one profile each",
+    )
+    parser.add_argument("--rows", type=positive, default=14, help="operations to keep")
+    parser.add_argument("--output", type=Path, help="where to write the .json and .md")
     args = start(parser, argv)
     if args.quick:
         shrink(args)
-    setup = setup_from(args, targets=args.targets, precision=args.precision, layers=args.layers)
-    load = Load(setup=setup, batch=args.batch, length=args.length)
-    bound, own = (
-        self_times(TrainingStep(TRAINING_METHODS[name], load)) for name in ("frozen-bound", "minilora")
-    )
-    keys = sorted(bound.keys() | own.keys(), key=lambda key: -abs(own.get(key, 0) - bound.get(key, 0)))
-    lines = [(*key, bound.get(key, 0.0), own.get(key, 0.0)) for key in keys[: args.rows]]
-    lines.append(("all", "", sum(bound.values()), sum(own.values())))
-    print(f"{load.title}; milliseconds per step\n")
-    print(
-        grid(
-            ["operation", "input shapes", "frozen-bound", "minilora", "difference"],
-            [[name, shapes, f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}"] for name, shapes, a, b in lines],
-        )
-    )
+    profiles = []
+    for precision in args.precision:
+        setup = setup_from(args, targets=args.targets, precision=precision, layers=args.layers)
+        load = Load(setup=setup, batch=args.batch, length=args.length)
+        steps = (TrainingStep(TRAINING_METHODS[name], load) for name in ("frozen-bound", "minilora"))
+        profiles.append(Profile.of(load.title, *map(self_times, steps), rows=args.rows))
+    write_profiles(profiles, args)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="*", type=Path, help="results' .json files")
-    for path in parser.parse_args(argv).files or sorted(RESULTS.glob("*.json")):
+    drawn = (path.with_suffix(".json") for path in RESULTS.glob("*.png"))  # a profile is not
+    for path in parser.parse_args(argv).files or sorted(drawn):
         print(redraw(path))
 
 

@@ -541,11 +541,14 @@ def test_skinny_products_are_the_same_however_they_are_formed(script):
 
     options = {"batch": 2, "length": 7, "width": 8, "rank": 3, "chunk": 4, "device": torch.device("cpu")}
     products = script("skinny_products")
-    of = products.Products(argparse.Namespace(**options), torch.float32)
-    for name, ways in of.operations():
-        expected = torch.cat(ways[products.SEPARATE]())
-        assert torch.allclose(torch.cat(ways[products.CHUNKS]()), expected, atol=1e-5), name
-        assert torch.allclose(ways[products.STACKED](), expected, atol=1e-5), name
+    layers = products.Layers(argparse.Namespace(**options), torch.float32)
+    x, g = next(layers.inputs())
+    ways = dict(layers.operations())
+    h, four = ways["h"], ways["all four"]
+    together = torch.cat(h[products.SEPARATE](x, g))
+    assert torch.allclose(h[products.STACKED](x, g), together, atol=1e-5)
+    for one, other in zip(four[products.SEPARATE](x, g), four[products.CHUNKS](x, g), strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.slow
@@ -583,13 +586,19 @@ def test_many_adapters(script, tmp_path):
     assert list(many.points(256)) == [1, 4, 16, 64, 256]
 
 
-def test_profile_step(script, capsys):
-    script("profile_step").main(["--quick", "--layers", "1", "--rows", "3"])
+def test_profile_step(script, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    options = ["--quick", "--layers", "1", "--rows", "3", "--precision", "fp32", "--output", str(output)]
+    script("profile_step").main(options)
     title, _, header, _, *lines = capsys.readouterr().out.splitlines()
     assert title.startswith("bert-tiny, 1 layers, batch 2 x 16")
     assert [cell.strip() for cell in header.split("|")[1:6:2]] == ["operation", "frozen-bound", "difference"]
     assert len(lines) == 4
     assert lines[-1].startswith("| all ")
+    (values,) = json.loads(output.read_text())["profiles"]
+    read = script("bench.profiles").Profile.from_dict(values).text()
+    assert read.splitlines() == [header, *read.splitlines()[1:2], *lines]
+    assert read in output.with_suffix(".md").read_text()
 
 
 def test_loss_curves(script, tmp_path, monkeypatch):
