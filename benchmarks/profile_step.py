@@ -8,6 +8,8 @@ The difference of the two columns is what LoRA costs, by operation and shape.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,30 +23,36 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from train_speed import TrainingStep
 
-STEPS = 5
+STEPS = 7
 
 
-def self_times(step: TrainingStep) -> dict[tuple[str, str], float]:
-    """Return the milliseconds per step that each operation takes itself, by its name and input shapes.
+def in_turn(steps: Sequence[TrainingStep]) -> list[Counter[tuple[str, str]]]:
+    """Return what `self_times` does for each of some contestants, per step, taken in turn."""
+    for step in steps * 2:
+        step.run()
+    sums: list[Counter[tuple[str, str]]] = [Counter() for _ in steps]
+    for _ in range(STEPS):
+        for step, times in zip(steps, sums, strict=True):
+            times.update(self_times(step))
+    return [Counter({key: time / STEPS for key, time in times.items()}) for times in sums]
+
+
+def self_times(step: TrainingStep) -> Counter[tuple[str, str]]:
+    """Return the milliseconds that each operation of a step takes itself, by its name and input shapes.
 
     On CUDA it is the time of the kernels that an operation starts. The kernels are listed as events of their
     own, too, without shapes, and are left out: they would be counted twice.
     """
-    for _ in range(2):
-        step.run()
     activities, clock = [ProfilerActivity.CPU], "self_cpu_time_total"
     if step.setup.on_cuda:
         activities, clock = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
     with quiet_profile(activities=activities, record_shapes=True) as trace:
-        for _ in range(STEPS):
-            step.run()
-    times: dict[tuple[str, str], float] = {}
+        step.run()
+    times: Counter[tuple[str, str]] = Counter()
     for event in trace.key_averages(group_by_input_shape=True):
-        if event.device_type != DeviceType.CPU:
-            continue
-        shapes = " x ".join(str(tuple(shape)) for shape in event.input_shapes if shape)
-        key = (event.key.removeprefix("aten::"), shapes)
-        times[key] = times.get(key, 0.0) + getattr(event, clock) / 1e3 / STEPS
+        if event.device_type == DeviceType.CPU:
+            shapes = " x ".join(str(tuple(shape)) for shape in event.input_shapes if shape)
+            times[event.key.removeprefix("aten::"), shapes] += getattr(event, clock) / 1e3
     return times
 
 
@@ -54,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.set_defaults(model="bert-base")
     parser.add_argument("--layers", type=positive, default=4, help="number of layers of BERT-base")
     add_batch_arguments(parser)
-    parser.add_argument("--targets", choices=TARGETS, default="all-linear", help="what to adapt")
+    parser.add_argument(
+        "--targets", choices=TARGETS, nargs="+", default=list(TARGETS), help="one profile each"
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -68,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         shrink(args)
     profiles = []
-    for precision in args.precision:
-        setup = setup_from(args, targets=args.targets, precision=precision, layers=args.layers)
+    for precision, targets in itertools.product(args.precision, args.targets):
+        setup = setup_from(args, targets=targets, precision=precision, layers=args.layers)
         load = Load(setup=setup, batch=args.batch, length=args.length)
-        steps = (TrainingStep(TRAINING_METHODS[name], load) for name in ("frozen-bound", "minilora"))
-        profiles.append(Profile.of(load.title, *map(self_times, steps), rows=args.rows))
+        steps = [TrainingStep(TRAINING_METHODS[name], load) for name in ("frozen-bound", "minilora")]
+        profiles.append(Profile.of(load.title, *in_turn(steps), rows=args.rows))
     write_profiles(profiles, args)
 
 

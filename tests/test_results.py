@@ -54,3 +54,19 @@ def test_another_figure_is_seen_and_written_over(
     assert make_results.main(["--check"]) == 0
     with pytest.raises(SystemExit, match=r"no block 'speed'; there are: .*speeds"):
         make_results.filled("<!-- figures: speed -->\n<!-- end -->")
+
+
+def test_a_target_is_met_or_says_why(make_results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = make_results.speed
+    ratio = {"median": 1.0249, "q1": 1.0, "q3": 1.25}
+    row = {"name": "minilora", "point": None, "ratio": ratio, "memory_ratio": 0.958}
+    content = {"tables": [{"title": "bert, qv, fp32", "rows": [{**row, "name": "PEFT"}, row]}]}
+    monkeypatch.setattr(speed, "benchmark", lambda name: content)
+    where = speed.Row("any", (", qv,", "fp32"), "minilora")
+    met = speed.Target("a step", 1.02, where, "why not")
+    assert met.line() == ["a step", "<= 1.02", "1.02 [1.00–1.25]", "met"]
+    assert speed.Target("a step", 1.01, where, "why not").line()[-1] == "why not"
+    memory = speed.Target("memory", 0.95, where, bound=where)
+    assert memory.line()[1:] == ["<= 0.95", "0.96", "missed: what must be kept takes 0.96"]
+    with pytest.raises(SystemExit, match=r"any: no row 'minilora', None, in a table of \(', all-linear,',\)"):
+        speed.Row("any", (", all-linear,",), "minilora").ratio()

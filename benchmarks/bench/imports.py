@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from .timing import Contestant, race, wall_clock
 from .unmeasured import is_installed
 
 ADDED = "added"
+COMPILED = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # as what is installed is: this very minilora, too
 SOURCE = Path(minilora.__file__).parents[1]  # so that the fresh processes import this very minilora
 CODE = """
 import time
@@ -56,7 +58,12 @@ def measure_imports(packages: Mapping[str, str | None], *, rounds: int) -> Table
         package = packages[name]
         code = CODE.format(more=f"import {package}" if package else "")
         child = subprocess.run(
-            [sys.executable, "-c", code], cwd=SOURCE, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            cwd=SOURCE,
+            env=COMPILED,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if child.returncode:
             reasons[name] = child.stderr.strip().splitlines()[-1]

@@ -86,7 +86,7 @@ def _bars(table: Table) -> list[tuple[Row, Spread]]:
 def _draw_bars(ax: Axes, table: Table) -> None:
     drawn = _bars(table)
     labels = [
-        textwrap.fill(row.name if row.point is None else f"{row.point}: {row.name}", 24) for row, _ in drawn
+        textwrap.fill(row.name if row.point is None else f"{row.point}: {row.name}", 34) for row, _ in drawn
     ]
     medians = [ratio.median for _, ratio in drawn]
     wide = bool(medians) and max(medians) > SPAN * min(medians)

@@ -184,6 +184,21 @@ def fine_tunes() -> str:
     return grid(["fine-tune of all-MiniLM-L6-v2", "trainable", "accuracy", "PEFT, same batches"], lines)
 
 
+SWEEPS = ("imdb-sweep", "imdb-sweep-warmup")
+
+
+def imdb_sweeps() -> str:
+    """What the held-out part says of methods, rates and warm-ups: all sweeps, on the same reviews."""
+    runs = [each for name in SWEEPS for each in run(name)["runs"]]
+    for each in runs:
+        given = each["arguments"]
+        each["options"] = {
+            "method": given["method"],
+            **{name: f"{given[name]:g}" for name in ("lr", "warmup")},
+        }
+    return sweep.table(runs)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "fine-tunes": fine_tunes,
     "parity-accuracies": lambda: accuracies(parity()),
@@ -195,5 +210,5 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "decoder": decoder,
     "decoder-answers": answers,
     "imdb": imdb,
-    "imdb-sweep": lambda: sweep.table(run("imdb-sweep")["runs"]),
+    "imdb-sweep": imdb_sweeps,
 }

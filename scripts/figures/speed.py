@@ -3,58 +3,251 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from bench import history
-from bench.markdown import compared, curve, grid, memory_cell, ratio_cell
+from bench.curves import curves_text
+from bench.markdown import compared, curve, grid, memory_cell, ratio_cell, time_text
+from bench.profiles import Profile
+from bench.ratios import Spread
+from bench.tables import Row as TableRow
 from bench.tables import Table
 from bench.unmeasured import NOT_MEASURED
 
 from .sources import BENCHMARKS, benchmark
 
+LLAMA = "train_speed-llama-135m-bf16-cpu"
+TITLES = ("qv", "all-linear", "fp32", "bf16-autocast")
 AXES = ("tokens", "rank", "length", "layers")
 
 
-def ratio(content: dict[str, Any], name: str, *, title: Sequence[str], point: str | None = None) -> str:
-    """The median ratio of one row, in the table whose title has all these parts."""
-    for table in content["tables"]:
-        if all(part in table["title"] for part in title):
-            for row in table["rows"]:
-                if row["name"] == name and row["point"] == point:
-                    return f"{row['ratio']['median']:.2f}"
-    raise SystemExit(f"{content['benchmark']}: no row {name!r}, {point!r}, in a table of {title}")
+SETUPS = {
+    f"{sites}, {words}": (f", {targets},", precision)
+    for precision, words in (("fp32", "fp32"), ("bf16-autocast", "bf16 autocast"))
+    for targets, sites in (("qv", "query + value"), ("all-linear", "every linear layer"))
+}
+"""The parts of their titles by which tables of a training step are found."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a figure stands: a row of one of the tables of a benchmark's newest result."""
+
+    benchmark: str
+    title: tuple[str, ...]
+    """Parts of the table's title."""
+    name: str
+    point: str | None = None
+
+    def ratio(self) -> Spread:
+        """The row's time, in units of its table's reference."""
+        values = self._values()["ratio"]
+        return Spread(values["median"], values["q1"], values["q3"])
+
+    def memory(self) -> float:
+        """The row's memory, in units of PEFT's."""
+        value: float = self._values()["memory_ratio"]
+        return value
+
+    def _values(self) -> dict[str, Any]:
+        for table in benchmark(self.benchmark)["tables"]:
+            if all(part in table["title"] for part in self.title):
+                for row in table["rows"]:
+                    if (row["name"], row["point"]) == (self.name, self.point):
+                        return row  # type: ignore[no-any-return]
+        raise SystemExit(
+            f"{self.benchmark}: no row {self.name!r}, {self.point!r}, in a table of {self.title}"
+        )
+
+
+def step(setup: str, name: str) -> Row:
+    """A training step in one of `SETUPS`."""
+    return Row("train_speed-cpu", SETUPS[setup], name)
+
+
+def recipe_step(sites: str, name: str, *, dropout: bool) -> Row:
+    """A training step on the sentences of SST-2."""
+    targets = {"query + value": ", qv,", "every linear layer": ", all-linear,"}[sites]
+    return Row(f"train_speed-minilm{'-dropout' if dropout else ''}-cpu", (targets,), name)
+
+
+def forward(name: str) -> Row:
+    """A forward pass."""
+    return Row("merge_speed-cpu", ("forward",), name)
+
+
+def operation(point: str) -> Row:
+    """One of the operations around a step, on every linear layer, in units of PEFT's."""
+    return Row("overhead-cpu", ("all-linear",), "minilora", point)
+
+
+def importing(library: str) -> Row:
+    """An import, in units of that of torch and safetensors alone."""
+    return Row("overhead-cpu", ("import",), f"+ {library}")
+
+
+def median(row: Row) -> str:
+    """The median of a row's ratio."""
+    return f"{row.ratio().median:.2f}"
+
+
+def range_of(values: Iterable[float]) -> str:
+    """The least and the most of some numbers."""
+    least, most = min(values := list(values)), max(values)
+    return f"{least:.2f} to {most:.2f}"
+
+
+def head() -> list[str]:
+    """The header over minilora's and PEFT's figures, with the release of PEFT's."""
+    return ["minilora", f"PEFT {benchmark('train_speed-cpu')['environment']['versions']['peft']}"]
+
+
+def operations(*points: str) -> str:
+    """Some operations around a step, one after the other."""
+    return " / ".join(median(operation(point)) for point in points)
 
 
 def speeds() -> str:
     """README: time against the bound, beside PEFT."""
-    lines = []
-    training, inference = benchmark("train_speed-cpu"), benchmark("merge_speed-cpu")
-    overhead = benchmark("overhead-cpu")
-    for precision, words in (("fp32", "fp32"), ("bf16-autocast", "bf16 autocast")):
-        for targets, sites in (("all-linear", "every linear layer"), ("qv", "query + value")):
-            title = (f", {targets},", precision)
-            pair = (ratio(training, name, title=title) for name in ("minilora", "PEFT"))
-            lines.append([f"training step, {sites}, {words}; x frozen base", *pair])
-    for form, words in (("unmerged", "unmerged"), ("merged", "merged")):
-        pair = (ratio(inference, f"{name} {form}", title=("forward",)) for name in ("minilora", "PEFT"))
-        lines.append([f"inference, {words}; x bare model", *pair])
-    fused = ratio(inference, "minilora fused to bf16", title=("forward",))
-    lines.append(["inference, fused to bf16; x bare float32 model", fused, "-"])
-    imports = {row["name"]: row.get("added") for row in overhead["tables"][0]["rows"]}
-    lines.append(
+    pair = ("minilora", "PEFT")
+    lines = [
+        [f"training step, {setup}; x frozen base", *(median(step(setup, name)) for name in pair)]
+        for setup in SETUPS
+    ]
+    lines += [
+        [f"inference, {form}; x bare model", *(median(forward(f"{name} {form}")) for name in pair)]
+        for form in ("unmerged", "merged")
+    ]
+    lines += [
+        ["inference, fused to bf16; x bare float32 model", median(forward("minilora fused to bf16")), "-"],
+        ["import; x torch and safetensors alone", *(median(importing(name)) for name in pair)],
+        ["inject / load / merge, every linear layer; x PEFT", operations("inject", "load", "merge"), "1"],
+        ["GPU", NOT_MEASURED, NOT_MEASURED],
+    ]
+    threads = benchmark("train_speed-cpu")["environment"]["threads"]
+    return grid([f"speed, {threads} CPU cores", *head()], lines)
+
+
+def costs() -> str:
+    """What LoRA costs, and what PEFT takes for it: all that a user asks first."""
+    pair = ("minilora", "PEFT")
+    places = ("query + value", "every linear layer")
+    lines = [
+        [f"training step, {setup}", "frozen base", *(median(step(setup, name)) for name in pair)]
+        for setup in SETUPS
+    ]
+    lines += [
         [
-            "import, on top of torch, seconds",
-            *(f"{imports[f'+ {name}']:+.2f}" for name in ("minilora", "PEFT")),
+            f"training step with dropout, {sites}, SST-2's batches",
+            "frozen base",
+            *(median(recipe_step(sites, name, dropout=True)) for name in pair),
         ]
-    )
-    operations = ("inject", "load", "merge")
-    ours = (ratio(overhead, "minilora", title=("all-linear",), point=operation) for operation in operations)
-    lines.append([f"{' / '.join(operations)}, every linear layer; x PEFT", " / ".join(ours), "1"])
-    lines.append(["GPU", NOT_MEASURED, NOT_MEASURED])
-    threads = training["environment"]["threads"]
-    peft = training["environment"]["versions"]["peft"]
-    return grid([f"speed, {threads} CPU cores", "minilora", f"PEFT {peft}"], lines)
+        for sites in places
+    ]
+    full = range_of(step(setup, "full fine-tuning").ratio().median for setup in SETUPS)
+    lines += [
+        ["full fine-tuning instead, without either", "frozen base", full, full],
+        [
+            "peak memory of the step, the first four",
+            "PEFT",
+            range_of(step(setup, "minilora").memory() for setup in SETUPS),
+            "1",
+        ],
+    ]
+    lines += [
+        [f"inference, {form}", "bare model", *(median(forward(f"{name} {form}")) for name in pair)]
+        for form in ("unmerged", "merged")
+    ]
+    lines += [
+        ["inference, fused to bf16", "bare float32 model", median(forward("minilora fused to bf16")), ""],
+        ["inject / load / merge, every linear layer", "PEFT", operations("inject", "load", "merge"), "1"],
+        ["save / unmerge, every linear layer", "PEFT", operations("save", "unmerge"), "1"],
+        ["import", "torch and safetensors", *(median(importing(name)) for name in pair)],
+    ]
+    return grid(["", "against", *head()], lines)
+
+
+def machine(name: str) -> str:
+    """What a benchmark ran on."""
+    environment = benchmark(name)["environment"]
+    versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
+    return f"{environment['device']}; {environment['threads']} threads; {environment['system']}; {versions}"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was aimed at, where it is measured, and why it is missed, if it is."""
+
+    work: str
+    most: float
+    row: Row
+    why: str = ""
+    bound: Row | None = None
+    """Of memory, not of time: the least that it can be."""
+
+    def line(self) -> list[str]:
+        """The target as a line: met where what is shown is not above it."""
+        ratio, why = self.row.ratio(), self.why
+        value, shown = ratio.median, f"{ratio.median:.2f} [{ratio.low:.2f}–{ratio.high:.2f}]"
+        if self.bound:
+            value = self.row.memory()
+            shown, why = f"{value:.2f}", f"missed: what must be kept takes {self.bound.memory():.2f}"
+        return [self.work, f"<= {self.most:.2f}", shown, "met" if round(value, 2) <= self.most else why]
+
+
+SKINNY = "missed: the four narrow products"
+KEPT = "frozen-bound, inputs kept"
+TARGETS = [
+    *(
+        Target(f"training step, {setup}", most, step(setup, "minilora"), SKINNY)
+        for setup, most in zip(SETUPS, (1.02, 1.08, 1.03, 1.06), strict=True)
+    ),
+    *(
+        Target(
+            f"SST-2's batches, {'dropout 0.1' if dropout else 'no dropout'}, {sites}",
+            most,
+            recipe_step(sites, "minilora", dropout=dropout),
+            SKINNY,
+        )
+        for dropout, sites, most in (
+            (True, "query + value", 1.05),
+            (True, "every linear layer", 1.30),
+            (False, "query + value", 1.03),
+            (False, "every linear layer", 1.15),
+        )
+    ),
+    *(
+        Target(
+            f"Llama shape, {words}, every linear layer",
+            1.03,
+            Row(LLAMA, (f", {precision}",), "minilora"),
+            SKINNY,
+        )
+        for precision, words in (("bf16", "stored in bfloat16"), ("bf16-autocast", "bf16 autocast"))
+    ),
+    *(
+        Target(f"DoRA against LoRA, {sites}", 1.15, Row("train_speed-dora-cpu", (targets,), "minilora DoRA"))
+        for targets, sites in ((", qv,", "query + value"), (", all-linear,", "every linear layer"))
+    ),
+    *(
+        Target(f"peak memory against PEFT's, {setup}", 0.95, step(setup, "minilora"), bound=step(setup, KEPT))
+        for setup in SETUPS
+    ),
+    Target("inference, unmerged, every linear layer", 1.05, forward("minilora unmerged"), "missed"),
+    *(
+        Target(
+            f"inference, {form}", 1.01, forward(f"minilora {form}"), "missed by noise: the base's own layers"
+        )
+        for form in ("merged", "fused")
+    ),
+    Target("import, against torch and safetensors", 1.03, importing("minilora"), "missed: a hundred modules"),
+    *(
+        Target(f"{point}, every linear layer, against PEFT", most, operation(point), "missed: see below")
+        for point, most in (("inject", 0.25), ("load", 0.35), ("save", 1.0), ("merge", 1.0))
+    ),
+]
 
 
 def tables(name: str, *columns: str) -> dict[str, Table]:
@@ -95,6 +288,26 @@ def around() -> str:
         for point in columns[0].points()
     ]
     return grid(["operation", "q+v", "every linear layer"], lines)
+
+
+def sites() -> str:
+    """What an operation takes for each site, of few sites and of many, and in units of PEFT's time."""
+    found = list(tables("overhead-sites-cpu").values())
+    lines = []
+    for table in found:
+        rows = {point: table.at(point, "minilora") for point in table.points()}
+        per_site = [
+            f"{time_text(Spread.of(row.samples).median / int(point or 1))}, {median_text(table, row)}"
+            for point, row in rows.items()
+        ]
+        lines.append([table.title.partition(",")[0], *per_site])
+    return grid(["time for each site, x PEFT's", *(f"{point:,} sites" for point in found[0].points())], lines)
+
+
+def median_text(table: Table, row: TableRow) -> str:
+    """The median of a row's ratio, or why there is none."""
+    ratio = table.ratio(row)
+    return f"{ratio.median:.2f}" if ratio else NOT_MEASURED
 
 
 def bank() -> str:
@@ -141,8 +354,93 @@ def over_time() -> str:
     return grid(["benchmark", "what", "ratio (date, commit, processor)"], lines)
 
 
+def targets() -> str:
+    """What was aimed at and what came of it."""
+    return grid(["work", "target", "measured", ""], [target.line() for target in TARGETS])
+
+
+def forms() -> str:
+    """A forward pass in every form, and how far its outputs are from the unmerged ones."""
+    (values,) = (each for each in benchmark("merge_speed-cpu")["tables"] if "forward" in each["title"])
+    table = Table.from_dict(values)
+    lines = [
+        [row.name, ratio_cell(table, row), f"{value['difference_to_unmerged']:.1e}"]
+        for row, value in zip(table.rows, values["rows"], strict=True)
+        if row.samples
+    ]
+    return grid(["", "x base", "largest difference to the unmerged outputs"], lines)
+
+
+def kinds() -> list[Table]:
+    """A training step with layers that are not linear, in each precision."""
+    return list(tables("train_speed-kinds-cpu").values())
+
+
+def memory_of_kinds() -> str:
+    """What such steps hold at the peak, in units of PEFT's."""
+    names = kinds()[0].names()
+    lines = [
+        [
+            f"{point}, {table.title.rsplit(', ', 1)[1]}",
+            *(memory_cell(table, table.at(point, n)) for n in names),
+        ]
+        for table in kinds()
+        for point in table.points()
+    ]
+    return grid(["", *names], lines)
+
+
+def profile_totals() -> str:
+    """The sums over all operations of every profile, and the part of it that is narrow products."""
+    lines = []
+    for values in benchmark("profile_step-cpu")["profiles"]:
+        bound, own = values["total"]
+        narrow = sum(ms for name, shapes, none, ms in values["operations"] if name == "mm" and not none)
+        setup = ", ".join(part for part in values["title"].split(", ") if part in TITLES)
+        lines.append(
+            [
+                setup,
+                f"{bound:.0f}",
+                f"{own:.0f}",
+                f"{own / bound:.3f}",
+                f"{narrow:.0f}",
+                f"{narrow / bound:.3f}",
+            ]
+        )
+    head = [
+        "milliseconds of a step",
+        "frozen-bound",
+        "minilora",
+        "ratio",
+        "narrow products",
+        "of frozen-bound",
+    ]
+    return grid(head, lines)
+
+
+def profile(*parts: str) -> str:
+    """Where frozen-bound's step and minilora's differ, in the profile whose title has all these parts."""
+    profiles = benchmark("profile_step-cpu")["profiles"]
+    (values,) = (each for each in profiles if all(part in each["title"] for part in parts))
+    return Profile.from_dict(values).text()
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "speeds": speeds,
+    "costs": costs,
+    "targets": targets,
+    "machine": lambda: machine("train_speed-cpu"),
+    "forms": forms,
+    "profile-fp32": lambda: profile("all-linear", "fp32"),
+    "profile-totals": profile_totals,
+    "profile-autocast": lambda: profile("all-linear", "bf16-autocast"),
+    "kinds-steps": lambda: "\n\n".join(f"{table.title}:\n\n{curve(table)}" for table in kinds()),
+    "kinds-memory": memory_of_kinds,
+    "skinny-products": lambda: "\n\n".join(
+        f"{table.title}:\n\n{curve(table)}" for table in tables("skinny_products-cpu").values()
+    ),
+    "loss-curves": lambda: curves_text(benchmark("loss_curves-cpu")["curves"]),
+    "loss-curves-sample": lambda: curves_text(benchmark("loss_curves-sample-cpu")["curves"]),
     "train-steps": lambda: compared(steps(), ratio_cell),
     "train-memory": lambda: compared(steps(), memory_cell),
     "recipe-steps": lambda: compared(recipe(), ratio_cell),
@@ -154,6 +452,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         f"sweep-{axis}": lambda axis=axis: curve(*tables(f"train_speed-{axis}-cpu").values()) for axis in AXES
     },
     "around": around,
+    "sites": sites,
     "over-time": over_time,
     "bank": bank,
     "coming-and-going": coming_and_going,
