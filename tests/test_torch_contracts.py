@@ -1,6 +1,7 @@
 """What a torch user takes for granted: copies, pickles, compile, autocast, meta, fused paths, DDP."""
 
 import copy
+import inspect
 import io
 import itertools
 import shutil
@@ -27,6 +28,7 @@ from torch import nn
 import minilora
 from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
 from minilora.torch_internals import in_backward
+from minilora.variants.function import Function
 
 NO_GRAD = {
     "no_grad": torch.no_grad,
@@ -429,3 +431,12 @@ def test_compiled_code_sees_what_a_thread_local_holds():
     assert compiled(torch.ones(1)) == 1
     choice.value = torch.full((1,), 3.0)
     assert compiled(torch.ones(1)) == 3
+
+
+def test_no_call_works_out_the_signature_of_a_function():
+    functions = Function.__subclasses__()
+    assert len(functions) == 3
+    for function in functions:
+        noted = vars(function.forward).get("__signature__")
+        assert noted is not None, function
+        assert inspect.signature(function.forward) is noted, function

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..functional import compute_dtype, without_autocast
 from ..torch_internals import is_transforming
 from .dropout import kept
+from .function import Function
 from .plain_linear import parts_of_tangent
 
 
@@ -61,7 +62,7 @@ def delta_linear(
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
-class _DeltaLinear(torch.autograd.Function):
+class _DeltaLinear(Function):
     """Return y, (n, out), and h^T, (r, n): the long side is kept contiguous, as in `plain_linear`."""
 
     generate_vmap_rule = True

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..functional import compute_dtype, without_autocast
 from . import dora
+from .function import Function
 from .plain_linear import gradient_of_A, gradient_of_B, parts_of_tangent
 
 
@@ -62,7 +63,7 @@ def magnitude_linear(
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
-class _MagnitudeLinear(torch.autograd.Function):
+class _MagnitudeLinear(Function):
     """Return y and z, (n, out). V is kept or formed again for the backward as `functional` tells of W_eff."""
 
     generate_vmap_rule = True

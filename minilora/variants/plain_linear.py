@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import compute_dtype, effective_weight, without_autocast
+from .function import Function
 
 
 def effective_linear(
@@ -54,7 +55,7 @@ def effective_linear(
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
-class _EffectiveLinear(torch.autograd.Function):
+class _EffectiveLinear(Function):
     """The weight form with its own backward, for x (n, in).
 
     What it returns is no view, which nobody could write into: autograd would know of no backward then.
