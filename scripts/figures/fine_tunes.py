@@ -184,7 +184,7 @@ def fine_tunes() -> str:
     return grid(["fine-tune of all-MiniLM-L6-v2", "trainable", "accuracy", "PEFT, same batches"], lines)
 
 
-SWEEPS = ("imdb-sweep", "imdb-sweep-warmup")
+SWEEPS = ("imdb-sweep", "imdb-sweep-lora", "imdb-sweep-warmup")
 
 
 def imdb_sweeps() -> str:
