@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # and whose o
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # and whose the rest
 
 import matrix
-from figures import fine_tunes, speed
+from figures import fine_tunes, speed, targets
 from figures.sources import ROOT, RUNS
 
 PAGES = (
@@ -35,6 +35,7 @@ BLOCK = re.compile(r"(<!-- figures: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCKS: dict[str, Callable[[], str]] = {
     **fine_tunes.BLOCKS,
     **speed.BLOCKS,
+    **targets.BLOCKS,
     "matrix": lambda: matrix.table(matrix.recorded(RUNS / "matrix.json")),
 }
 

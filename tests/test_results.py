@@ -57,16 +57,16 @@ def test_another_figure_is_seen_and_written_over(
 
 
 def test_a_target_is_met_or_says_why(make_results: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    speed = make_results.speed
+    speed, targets = make_results.speed, make_results.targets
     ratio = {"median": 1.0249, "q1": 1.0, "q3": 1.25}
     row = {"name": "minilora", "point": None, "ratio": ratio, "memory_ratio": 0.958}
     content = {"tables": [{"title": "bert, qv, fp32", "rows": [{**row, "name": "PEFT"}, row]}]}
     monkeypatch.setattr(speed, "benchmark", lambda name: content)
-    where = speed.Row("any", (", qv,", "fp32"), "minilora")
-    met = speed.Target("a step", 1.02, where, "why not")
+    where = speed.Row("any", ("qv", "fp32"), "minilora")
+    met = targets.Target("a step", 1.02, where, "why not")
     assert met.line() == ["a step", "<= 1.02", "1.02 [1.00–1.25]", "met"]
-    assert speed.Target("a step", 1.01, where, "why not").line()[-1] == "why not"
-    memory = speed.Target("memory", 0.95, where, bound=where)
+    assert targets.Target("a step", 1.01, where, "why not").line()[-1] == "why not"
+    memory = targets.Target("memory", 0.95, where, bound=where)
     assert memory.line()[1:] == ["<= 0.95", "0.96", "missed: what must be kept takes 0.96"]
-    with pytest.raises(SystemExit, match=r"any: no row 'minilora', None, in a table of \(', all-linear,',\)"):
-        speed.Row("any", (", all-linear,",), "minilora").ratio()
+    with pytest.raises(SystemExit, match=r"any: no row 'minilora', None, in a table of \('all-linear',\)"):
+        speed.Row("any", ("all-linear",), "minilora").ratio()

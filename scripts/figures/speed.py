@@ -18,13 +18,9 @@ from bench.unmeasured import NOT_MEASURED
 
 from .sources import BENCHMARKS, benchmark
 
-LLAMA = "train_speed-llama-135m-bf16-cpu"
-TITLES = ("qv", "all-linear", "fp32", "bf16-autocast")
 AXES = ("tokens", "rank", "length", "layers")
-
-
 SETUPS = {
-    f"{sites}, {words}": (f", {targets},", precision)
+    f"{sites}, {words}": (targets, precision)
     for precision, words in (("fp32", "fp32"), ("bf16-autocast", "bf16 autocast"))
     for targets, sites in (("qv", "query + value"), ("all-linear", "every linear layer"))
 }
@@ -37,7 +33,7 @@ class Row:
 
     benchmark: str
     title: tuple[str, ...]
-    """Parts of the table's title."""
+    """Parts of the table's title, between its commas."""
     name: str
     point: str | None = None
 
@@ -53,7 +49,7 @@ class Row:
 
     def _values(self) -> dict[str, Any]:
         for table in benchmark(self.benchmark)["tables"]:
-            if all(part in table["title"] for part in self.title):
+            if set(self.title) <= set(table["title"].split(", ")):
                 for row in table["rows"]:
                     if (row["name"], row["point"]) == (self.name, self.point):
                         return row  # type: ignore[no-any-return]
@@ -69,13 +65,13 @@ def step(setup: str, name: str) -> Row:
 
 def recipe_step(sites: str, name: str, *, dropout: bool) -> Row:
     """A training step on the sentences of SST-2."""
-    targets = {"query + value": ", qv,", "every linear layer": ", all-linear,"}[sites]
+    targets = {"query + value": "qv", "every linear layer": "all-linear"}[sites]
     return Row(f"train_speed-minilm{'-dropout' if dropout else ''}-cpu", (targets,), name)
 
 
 def forward(name: str) -> Row:
     """A forward pass."""
-    return Row("merge_speed-cpu", ("forward",), name)
+    return Row("merge_speed-cpu", ("one forward pass",), name)
 
 
 def operation(point: str) -> Row:
@@ -174,80 +170,6 @@ def machine(name: str) -> str:
     environment = benchmark(name)["environment"]
     versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
     return f"{environment['device']}; {environment['threads']} threads; {environment['system']}; {versions}"
-
-
-@dataclass(frozen=True)
-class Target:
-    """What was aimed at, where it is measured, and why it is missed, if it is."""
-
-    work: str
-    most: float
-    row: Row
-    why: str = ""
-    bound: Row | None = None
-    """Of memory, not of time: the least that it can be."""
-
-    def line(self) -> list[str]:
-        """The target as a line: met where what is shown is not above it."""
-        ratio, why = self.row.ratio(), self.why
-        value, shown = ratio.median, f"{ratio.median:.2f} [{ratio.low:.2f}–{ratio.high:.2f}]"
-        if self.bound:
-            value = self.row.memory()
-            shown, why = f"{value:.2f}", f"missed: what must be kept takes {self.bound.memory():.2f}"
-        return [self.work, f"<= {self.most:.2f}", shown, "met" if round(value, 2) <= self.most else why]
-
-
-SKINNY = "missed: the four narrow products"
-KEPT = "frozen-bound, inputs kept"
-TARGETS = [
-    *(
-        Target(f"training step, {setup}", most, step(setup, "minilora"), SKINNY)
-        for setup, most in zip(SETUPS, (1.02, 1.08, 1.03, 1.06), strict=True)
-    ),
-    *(
-        Target(
-            f"SST-2's batches, {'dropout 0.1' if dropout else 'no dropout'}, {sites}",
-            most,
-            recipe_step(sites, "minilora", dropout=dropout),
-            SKINNY,
-        )
-        for dropout, sites, most in (
-            (True, "query + value", 1.05),
-            (True, "every linear layer", 1.30),
-            (False, "query + value", 1.03),
-            (False, "every linear layer", 1.15),
-        )
-    ),
-    *(
-        Target(
-            f"Llama shape, {words}, every linear layer",
-            1.03,
-            Row(LLAMA, (f", {precision}",), "minilora"),
-            SKINNY,
-        )
-        for precision, words in (("bf16", "stored in bfloat16"), ("bf16-autocast", "bf16 autocast"))
-    ),
-    *(
-        Target(f"DoRA against LoRA, {sites}", 1.15, Row("train_speed-dora-cpu", (targets,), "minilora DoRA"))
-        for targets, sites in ((", qv,", "query + value"), (", all-linear,", "every linear layer"))
-    ),
-    *(
-        Target(f"peak memory against PEFT's, {setup}", 0.95, step(setup, "minilora"), bound=step(setup, KEPT))
-        for setup in SETUPS
-    ),
-    Target("inference, unmerged, every linear layer", 1.05, forward("minilora unmerged"), "missed"),
-    *(
-        Target(
-            f"inference, {form}", 1.01, forward(f"minilora {form}"), "missed by noise: the base's own layers"
-        )
-        for form in ("merged", "fused")
-    ),
-    Target("import, against torch and safetensors", 1.03, importing("minilora"), "missed: a hundred modules"),
-    *(
-        Target(f"{point}, every linear layer, against PEFT", most, operation(point), "missed: see below")
-        for point, most in (("inject", 0.25), ("load", 0.35), ("save", 1.0), ("merge", 1.0))
-    ),
-]
 
 
 def tables(name: str, *columns: str) -> dict[str, Table]:
@@ -354,11 +276,6 @@ def over_time() -> str:
     return grid(["benchmark", "what", "ratio (date, commit, processor)"], lines)
 
 
-def targets() -> str:
-    """What was aimed at and what came of it."""
-    return grid(["work", "target", "measured", ""], [target.line() for target in TARGETS])
-
-
 def forms() -> str:
     """A forward pass in every form, and how far its outputs are from the unmerged ones."""
     (values,) = (each for each in benchmark("merge_speed-cpu")["tables"] if "forward" in each["title"])
@@ -396,7 +313,8 @@ def profile_totals() -> str:
     for values in benchmark("profile_step-cpu")["profiles"]:
         bound, own = values["total"]
         narrow = sum(ms for name, shapes, none, ms in values["operations"] if name == "mm" and not none)
-        setup = ", ".join(part for part in values["title"].split(", ") if part in TITLES)
+        parts = {part for titles in SETUPS.values() for part in titles}
+        setup = ", ".join(part for part in values["title"].split(", ") if part in parts)
         lines.append(
             [
                 setup,
@@ -421,14 +339,13 @@ def profile_totals() -> str:
 def profile(*parts: str) -> str:
     """Where frozen-bound's step and minilora's differ, in the profile whose title has all these parts."""
     profiles = benchmark("profile_step-cpu")["profiles"]
-    (values,) = (each for each in profiles if all(part in each["title"] for part in parts))
+    (values,) = (each for each in profiles if set(parts) <= set(each["title"].split(", ")))
     return Profile.from_dict(values).text()
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "speeds": speeds,
     "costs": costs,
-    "targets": targets,
     "machine": lambda: machine("train_speed-cpu"),
     "forms": forms,
     "profile-fp32": lambda: profile("all-linear", "fp32"),
