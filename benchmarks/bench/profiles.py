@@ -64,5 +64,5 @@ def write_profiles(profiles: Sequence[Profile], args: argparse.Namespace) -> Non
     }
     output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(f"# profile_step, {today}\n\n{text}\n", encoding="utf-8")
-    if output.parent == RESULTS:
+    if output.resolve().parent == RESULTS:
         history.keep(output.with_suffix(".json"))

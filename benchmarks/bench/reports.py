@@ -16,7 +16,7 @@ from .machine import describe_environment
 from .markdown import table_text
 from .tables import Table
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 QUICK_RESULTS = Path("runs") / "benchmarks"  # not kept: a quick run proves that a script works, no more
 
 
@@ -46,7 +46,7 @@ def finish(benchmark: str, args: argparse.Namespace, tables: list[Table], *, var
         benchmark=benchmark, options=options, environment=describe_environment(args.device), tables=tables
     )
     report.write(output)
-    if output.parent == RESULTS:
+    if output.resolve().parent == RESULTS:
         history.keep(output)
     print(report.markdown())
     print(f"Written: {output.with_suffix('.json')}, .md, .png")
