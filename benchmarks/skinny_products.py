@@ -10,7 +10,7 @@ that stay in the cache, and all at once, with what is narrow stacked:
     rounding x                                                under autocast, by each layer or once
 
 The layers' own products x W^T stand beside them: they are what a saving is to be held against. From call to
-call another x and g are taken, which no cache holds any more.
+call another x and g are taken, which no cache holds any more; but for the rounding, of one x.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ def kinds(args: argparse.Namespace, precision: str) -> Table:
     """Return the comparison for layers that are not linear, each in a model that has them."""
     rows: list[Row] = []
     methods = {name: TRAINING_METHODS[name] for name in OF_ANY_KIND}
-    loads = {kind: load_of(kind, precision, args) for kind in KINDS}
-    for kind, load in loads.items():
+    for kind in KINDS:
+        load = load_of(kind, precision, args)
         print(load.title, flush=True)
         point = f"{kind} of {load.setup.model}, {load.batch} x {load.length}"
         rows += [dataclasses.replace(row, point=point) for row in measure(load, methods, rounds=args.rounds)]

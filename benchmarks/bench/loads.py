@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .models import SHAPES
-from .setups import Setup
+from .setups import Setup, setup_from, shrink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +79,9 @@ KINDS = {
 
 def load_of(kind: str, precision: str, args: argparse.Namespace) -> Load:
     """Return the load of a key of `KINDS`, in a quick run a tiny one."""
-    model, batch, length = KINDS[kind]
-    if args.quick:
-        model, batch, length = SHAPES[model].quick, 2, 16
-    update = {"rank": args.rank, "seed": args.seed, "precision": precision}
-    setup = Setup(model=model, device=args.device, targets=kind, **update)
-    return Load(setup=setup, batch=batch, length=length)
+    own = argparse.Namespace(**vars(args))
+    own.model, own.batch, own.length = KINDS[kind]
+    if own.quick:
+        shrink(own)
+    setup = setup_from(own, targets=kind, precision=precision)
+    return Load(setup=setup, batch=own.batch, length=own.length)

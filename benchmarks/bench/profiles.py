@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
 
-from . import history
 from .machine import describe_environment
 from .markdown import grid
-from .reports import QUICK_RESULTS, RESULTS
+from .reports import enter, output_of
 
 Times = Mapping[tuple[str, str], float]
 """Milliseconds per step of each operation, by its name and the shapes of its inputs."""
@@ -53,9 +52,7 @@ def write_profiles(profiles: Sequence[Profile], args: argparse.Namespace) -> Non
     text = "\n\n".join(f"{each.title}; milliseconds per step\n\n{each.text()}" for each in profiles)
     print(text)
     today = date.today().isoformat()
-    folder = QUICK_RESULTS if args.quick else RESULTS
-    output = args.output or folder / f"{today}-profile_step-{args.device.type}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = output_of("profile_step", args)
     report = {
         "benchmark": "profile_step",
         "date": today,
@@ -64,5 +61,4 @@ def write_profiles(profiles: Sequence[Profile], args: argparse.Namespace) -> Non
     }
     output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(f"# profile_step, {today}\n\n{text}\n", encoding="utf-8")
-    if output.resolve().parent == RESULTS:
-        history.keep(output.with_suffix(".json"))
+    enter(output)

@@ -32,8 +32,7 @@ def finish(benchmark: str, args: argparse.Namespace, tables: list[Table], *, var
     model = getattr(args, "model", "")
     model = "" if model.startswith("bert") else model
     benchmark = "-".join(part for part in (benchmark, model, variant) if part)
-    folder = QUICK_RESULTS if args.quick else RESULTS
-    output = args.output or folder / f"{date.today().isoformat()}-{benchmark}-{args.device.type}.json"
+    output = output_of(benchmark, args)
     # A path says something of the machine, and nothing of the measurement.
     options = {
         name: str(value) if isinstance(value, torch.device) else value
@@ -46,10 +45,24 @@ def finish(benchmark: str, args: argparse.Namespace, tables: list[Table], *, var
         benchmark=benchmark, options=options, environment=describe_environment(args.device), tables=tables
     )
     report.write(output)
-    if output.resolve().parent == RESULTS:
-        history.keep(output)
+    enter(output)
     print(report.markdown())
     print(f"Written: {output.with_suffix('.json')}, .md, .png")
+
+
+def output_of(benchmark: str, args: argparse.Namespace) -> Path:
+    """Return where the results of a run go, if its command line names no place; the folder is made."""
+    folder = QUICK_RESULTS if args.quick else RESULTS
+    named = f"{date.today().isoformat()}-{benchmark}-{args.device.type}.json"
+    output = Path(args.output or folder / named)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def enter(output: Path) -> None:
+    """Enter what was written into the history, if it stands among the results that are kept."""
+    if output.resolve().parent == RESULTS:
+        history.keep(output.with_suffix(".json"))
 
 
 @dataclass(kw_only=True)
@@ -85,7 +98,6 @@ class Report:
 
     def write(self, output: Path) -> None:
         """Write the report as `.json`, `.md` and `.png`, whatever the given path ends in."""
-        output.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
         # Samples, one line for each row: they are for programs, the rest is for people too.
         content = re.sub(r"\[[\d\s.,e-]+\]", lambda found: re.sub(r"\s+", "", found[0]), content)

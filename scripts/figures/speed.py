@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,13 @@ from bench.unmeasured import NOT_MEASURED
 from .sources import BENCHMARKS, benchmark
 
 AXES = ("tokens", "rank", "length", "layers")
+PAIR = ("minilora", "PEFT")
+SITES = {"query + value": "qv", "every linear layer": "all-linear"}
+"""What is adapted, and how titles call it."""
 SETUPS = {
     f"{sites}, {words}": (targets, precision)
     for precision, words in (("fp32", "fp32"), ("bf16-autocast", "bf16 autocast"))
-    for targets, sites in (("qv", "query + value"), ("all-linear", "every linear layer"))
+    for sites, targets in SITES.items()
 }
 """The parts of their titles by which tables of a training step are found."""
 
@@ -49,13 +53,18 @@ class Row:
 
     def _values(self) -> dict[str, Any]:
         for table in benchmark(self.benchmark)["tables"]:
-            if set(self.title) <= set(table["title"].split(", ")):
+            if is_titled(table, self.title):
                 for row in table["rows"]:
                     if (row["name"], row["point"]) == (self.name, self.point):
                         return row  # type: ignore[no-any-return]
         raise SystemExit(
             f"{self.benchmark}: no row {self.name!r}, {self.point!r}, in a table of {self.title}"
         )
+
+
+def is_titled(values: dict[str, Any], parts: Sequence[str]) -> bool:
+    """Whether a table's title, or a profile's, has all these parts between its commas."""
+    return set(parts) <= set(values["title"].split(", "))
 
 
 def step(setup: str, name: str) -> Row:
@@ -65,8 +74,7 @@ def step(setup: str, name: str) -> Row:
 
 def recipe_step(sites: str, name: str, *, dropout: bool) -> Row:
     """A training step on the sentences of SST-2."""
-    targets = {"query + value": "qv", "every linear layer": "all-linear"}[sites]
-    return Row(f"train_speed-minilm{'-dropout' if dropout else ''}-cpu", (targets,), name)
+    return Row(f"train_speed-minilm{'-dropout' if dropout else ''}-cpu", (SITES[sites],), name)
 
 
 def forward(name: str) -> Row:
@@ -91,7 +99,7 @@ def median(row: Row) -> str:
 
 def range_of(values: Iterable[float]) -> str:
     """The least and the most of some numbers."""
-    least, most = min(values := list(values)), max(values)
+    least, *_, most = sorted(values)
     return f"{least:.2f} to {most:.2f}"
 
 
@@ -107,18 +115,17 @@ def operations(*points: str) -> str:
 
 def speeds() -> str:
     """README: time against the bound, beside PEFT."""
-    pair = ("minilora", "PEFT")
     lines = [
-        [f"training step, {setup}; x frozen base", *(median(step(setup, name)) for name in pair)]
+        [f"training step, {setup}; x frozen base", *(median(step(setup, name)) for name in PAIR)]
         for setup in SETUPS
     ]
     lines += [
-        [f"inference, {form}; x bare model", *(median(forward(f"{name} {form}")) for name in pair)]
+        [f"inference, {form}; x bare model", *(median(forward(f"{name} {form}")) for name in PAIR)]
         for form in ("unmerged", "merged")
     ]
     lines += [
         ["inference, fused to bf16; x bare float32 model", median(forward("minilora fused to bf16")), "-"],
-        ["import; x torch and safetensors alone", *(median(importing(name)) for name in pair)],
+        ["import; x torch and safetensors alone", *(median(importing(name)) for name in PAIR)],
         ["inject / load / merge, every linear layer; x PEFT", operations("inject", "load", "merge"), "1"],
         ["GPU", NOT_MEASURED, NOT_MEASURED],
     ]
@@ -128,19 +135,17 @@ def speeds() -> str:
 
 def costs() -> str:
     """What LoRA costs, and what PEFT takes for it: all that a user asks first."""
-    pair = ("minilora", "PEFT")
-    places = ("query + value", "every linear layer")
     lines = [
-        [f"training step, {setup}", "frozen base", *(median(step(setup, name)) for name in pair)]
+        [f"training step, {setup}", "frozen base", *(median(step(setup, name)) for name in PAIR)]
         for setup in SETUPS
     ]
     lines += [
         [
             f"training step with dropout, {sites}, SST-2's batches",
             "frozen base",
-            *(median(recipe_step(sites, name, dropout=True)) for name in pair),
+            *(median(recipe_step(sites, name, dropout=True)) for name in PAIR),
         ]
-        for sites in places
+        for sites in SITES
     ]
     full = range_of(step(setup, "full fine-tuning").ratio().median for setup in SETUPS)
     lines += [
@@ -153,14 +158,14 @@ def costs() -> str:
         ],
     ]
     lines += [
-        [f"inference, {form}", "bare model", *(median(forward(f"{name} {form}")) for name in pair)]
+        [f"inference, {form}", "bare model", *(median(forward(f"{name} {form}")) for name in PAIR)]
         for form in ("unmerged", "merged")
     ]
     lines += [
         ["inference, fused to bf16", "bare float32 model", median(forward("minilora fused to bf16")), ""],
         ["inject / load / merge, every linear layer", "PEFT", operations("inject", "load", "merge"), "1"],
         ["save / unmerge, every linear layer", "PEFT", operations("save", "unmerge"), "1"],
-        ["import", "torch and safetensors", *(median(importing(name)) for name in pair)],
+        ["import", "torch and safetensors", *(median(importing(name)) for name in PAIR)],
     ]
     return grid(["", "against", *head()], lines)
 
@@ -243,9 +248,7 @@ def bank() -> str:
         assert rows is not None
         work = "one pass" if "one forward pass" in table.title else "token by token"
         for point in table.points():
-            cells = (table.at(point, name) for name in names)
-            ratios = [table.ratio(cell) for cell in cells]
-            shown = [f"{ratio.median:.2f}" if ratio else NOT_MEASURED for ratio in ratios]
+            shown = [median_text(table, table.at(point, name)) for name in names]
             lines.append([f"{rows[0]}, {work}", str(point), *shown])
     return grid(["batch", "adapters in the bank", "one merged", "bank", "PEFT, `adapter_names`"], lines)
 
@@ -278,7 +281,8 @@ def over_time() -> str:
 
 def forms() -> str:
     """A forward pass in every form, and how far its outputs are from the unmerged ones."""
-    (values,) = (each for each in benchmark("merge_speed-cpu")["tables"] if "forward" in each["title"])
+    found = benchmark("merge_speed-cpu")["tables"]
+    (values,) = (each for each in found if is_titled(each, ("one forward pass",)))
     table = Table.from_dict(values)
     lines = [
         [row.name, ratio_cell(table, row), f"{value['difference_to_unmerged']:.1e}"]
@@ -288,20 +292,21 @@ def forms() -> str:
     return grid(["", "x base", "largest difference to the unmerged outputs"], lines)
 
 
-def kinds() -> list[Table]:
-    """A training step with layers that are not linear, in each precision."""
-    return list(tables("train_speed-kinds-cpu").values())
+def under_titles(name: str) -> str:
+    """Every table of a benchmark, under its title."""
+    return "\n\n".join(f"{table.title}:\n\n{curve(table)}" for table in tables(name).values())
 
 
 def memory_of_kinds() -> str:
-    """What such steps hold at the peak, in units of PEFT's."""
-    names = kinds()[0].names()
+    """What steps with layers that are not linear hold at the peak, in units of PEFT's."""
+    found = list(tables("train_speed-kinds-cpu").values())
+    names = found[0].names()
     lines = [
         [
             f"{point}, {table.title.rsplit(', ', 1)[1]}",
             *(memory_cell(table, table.at(point, n)) for n in names),
         ]
-        for table in kinds()
+        for table in found
         for point in table.points()
     ]
     return grid(["", *names], lines)
@@ -310,36 +315,27 @@ def memory_of_kinds() -> str:
 def profile_totals() -> str:
     """The sums over all operations of every profile, and the part of it that is narrow products."""
     lines = []
+    known = set(itertools.chain(*SETUPS.values()))
     for values in benchmark("profile_step-cpu")["profiles"]:
         bound, own = values["total"]
         narrow = sum(ms for name, shapes, none, ms in values["operations"] if name == "mm" and not none)
-        parts = {part for titles in SETUPS.values() for part in titles}
-        setup = ", ".join(part for part in values["title"].split(", ") if part in parts)
-        lines.append(
-            [
-                setup,
-                f"{bound:.0f}",
-                f"{own:.0f}",
-                f"{own / bound:.3f}",
-                f"{narrow:.0f}",
-                f"{narrow / bound:.3f}",
-            ]
+        setup = ", ".join(part for part in values["title"].split(", ") if part in known)
+        figures = (
+            f"{bound:.0f}",
+            f"{own:.0f}",
+            f"{own / bound:.3f}",
+            f"{narrow:.0f}",
+            f"{narrow / bound:.3f}",
         )
-    head = [
-        "milliseconds of a step",
-        "frozen-bound",
-        "minilora",
-        "ratio",
-        "narrow products",
-        "of frozen-bound",
-    ]
-    return grid(head, lines)
+        lines.append([setup, *figures])
+    columns = ("frozen-bound", "minilora", "ratio", "narrow products", "of frozen-bound")
+    return grid(["milliseconds of a step", *columns], lines)
 
 
 def profile(*parts: str) -> str:
     """Where frozen-bound's step and minilora's differ, in the profile whose title has all these parts."""
     profiles = benchmark("profile_step-cpu")["profiles"]
-    (values,) = (each for each in profiles if set(parts) <= set(each["title"].split(", ")))
+    (values,) = (each for each in profiles if is_titled(each, parts))
     return Profile.from_dict(values).text()
 
 
@@ -351,11 +347,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "profile-fp32": lambda: profile("all-linear", "fp32"),
     "profile-totals": profile_totals,
     "profile-autocast": lambda: profile("all-linear", "bf16-autocast"),
-    "kinds-steps": lambda: "\n\n".join(f"{table.title}:\n\n{curve(table)}" for table in kinds()),
+    "kinds-steps": lambda: under_titles("train_speed-kinds-cpu"),
     "kinds-memory": memory_of_kinds,
-    "skinny-products": lambda: "\n\n".join(
-        f"{table.title}:\n\n{curve(table)}" for table in tables("skinny_products-cpu").values()
-    ),
+    "skinny-products": lambda: under_titles("skinny_products-cpu"),
     "loss-curves": lambda: curves_text(benchmark("loss_curves-cpu")["curves"]),
     "loss-curves-sample": lambda: curves_text(benchmark("loss_curves-sample-cpu")["curves"]),
     "train-steps": lambda: compared(steps(), ratio_cell),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.markdown import grid
 
-from .speed import SETUPS, Row, forward, importing, operation, recipe_step, step
+from .speed import SETUPS, SITES, Row, forward, importing, operation, recipe_step, step
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ TARGETS = [
     ),
     *(
         Target(f"DoRA against LoRA, {sites}", 1.15, Row("train_speed-dora-cpu", (targets,), "minilora DoRA"))
-        for targets, sites in (("qv", "query + value"), ("all-linear", "every linear layer"))
+        for sites, targets in SITES.items()
     ),
     *(
         Target(f"peak memory against PEFT's, {setup}", 0.95, step(setup, "minilora"), bound=step(setup, KEPT))
