@@ -1,6 +1,7 @@
 """Adapters come, go and are saved: in place, whole or not at all, and nothing is compiled again."""
 
 import copy
+import gc
 import os
 
 import pytest
@@ -126,6 +127,8 @@ def test_what_fails_leaves_the_slot_as_it_was(files, act, message):
     assert everything(bank) == before
 
 
+# An interrupt as a `with` block is left keeps it from closing its file, which is Python's own doing.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_an_interrupted_change_leaves_the_slot_as_it_was(files):
     folder, _ = files
     bank = Bank(CASES["mlp"].build(), {"first": folder / "first"}, slots=2)
@@ -136,6 +139,7 @@ def test_an_interrupted_change_leaves_the_slot_as_it_was(files):
         if interrupted(lambda bank=fresh: bank.replace("first", folder / "headless"), at):
             came += 1
             assert everything(fresh) in (before, everything_after(bank, folder))
+    gc.collect()  # whatever an interrupt left open is warned of here, not in another test
     assert came > 5
 
 
