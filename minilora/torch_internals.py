@@ -164,3 +164,13 @@ def is_compiling() -> bool:
 def is_transforming() -> bool:
     """Return whether a transformation of `torch.func` is at work: `vmap`, `grad`, `jvp`."""
     return torch._C._are_functorch_transforms_active()
+
+
+def convolution_backward(g: Tensor, x: Tensor, W: Tensor, *steps: tuple[int, ...], of_weight: bool) -> Tensor:
+    """Return the gradient of a convolution's weight, or that of its input, given g, that of its output.
+
+    `torch.nn.grad` has a name for each number of dimensions, and knows nothing of x's layout in memory.
+    """
+    mask, dims = (not of_weight, of_weight, False), x.dim() - 2
+    gradients = torch.ops.aten.convolution_backward(g, x, W, None, *steps, False, [0] * dims, 1, mask)
+    return gradients[of_weight]  # type: ignore[no-any-return]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import add_low_rank, sum_with_product
+from .variants.convolution import convolved, low_rank_convolution, stands_in
 from .variants.dropout import dropped
 
 
@@ -295,23 +296,15 @@ def _convolution(
     conv: Any, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
 ) -> Any:  # fmt: skip
-    """Convolve with R's r kernels, then mix their channels by L, with a kernel of one point.
-
-    Each of the groups has R for its share of the channels, and its own rows of L.
-    """
+    """Convolve with R's r kernels, then mix their channels by L; or by `convolved`, for many points."""
     if not isinstance(x, Tensor) or not isinstance(weight, EffectiveWeight):
         return NotImplemented
-    y = conv(x, weight.weight, bias, stride, padding, dilation, groups)
-    _, channels, *kernel = weight.shape  # (out, in / groups, k, ...)
-    batched = x.dim() == len(kernel) + 2
-    x = weight.dropped(x if batched else x.unsqueeze(0))
-    n, space = x.shape[0], x.shape[2:]
-    x = x.reshape(n * groups, channels, *space)
-    h = conv(x, weight.right.to(x.dtype).view(-1, channels, *kernel), None, stride, padding, dilation)
-    h = h.reshape(n, -1, *h.shape[2:])  # (n, groups r, ...)
-    points = weight.scaled(weight.left, h.dtype)[(..., *(None for _ in kernel))]  # (out, r, 1, ...)
-    delta = conv(h, points, None, 1, 0, 1, groups)
-    return y + (delta if batched else delta.squeeze(0)).to(y.dtype)
+    W, steps = weight.weight, (stride, padding, dilation)
+    if not weight.dropout and stands_in(x, W, *steps, groups):
+        return convolved(conv, x, W, bias, weight.right, weight.left, weight.scaling, *steps)
+    y = conv(x, W, bias, *steps, groups)
+    left = weight.scaled(weight.left, y.dtype)
+    return y + low_rank_convolution(conv, weight.dropped(x), W.shape[1:], weight.right, left, *steps, groups)
 
 
 @rule(F.embedding)

@@ -185,7 +185,7 @@ def test_what_is_frozen_gets_no_gradient(form):
 
 
 def test_the_form_follows_the_number_of_tokens():
-    assert not prefers_weight_form(1, 768, 768)
-    assert prefers_weight_form(2048, 768, 768)
+    assert not prefers_weight_form(768, 768, 768 * 768)
+    assert prefers_weight_form(2048 * 768, 2048 * 768, 768 * 768)
     # Where the two cost the same: n (3 in + 2 out) = 4 in out.
-    assert [prefers_weight_form(n, 100, 100) for n in (80, 81)] == [False, True]
+    assert [prefers_weight_form(n * 100, n * 100, 100 * 100) for n in (80, 81)] == [False, True]

@@ -1,4 +1,4 @@
-"""Which form a linear layer computes in; `functional` says what the two are."""
+"""Which form a layer computes in; `functional` says what the two are."""
 
 from __future__ import annotations
 
@@ -37,17 +37,25 @@ def takes_weight_form(x: Tensor, dtype: torch.dtype, layout: Layout) -> bool:
         dtype: of its weight.
         layout: of its weight.
     """
-    tokens = x.numel() // layout.inputs
-    whole = dtype in (torch.float32, torch.float64)
-    return whole and prefers_weight_form(tokens, layout.outputs, layout.inputs)
+    outputs = x.numel() // layout.inputs * layout.outputs
+    return is_whole(dtype) and prefers_weight_form(x.numel(), outputs, layout.inputs * layout.outputs)
 
 
-def prefers_weight_form(tokens: int, out_features: int, in_features: int) -> bool:
+def is_whole(dtype: torch.dtype) -> bool:
+    """Return whether a weight in a dtype can take an update in without losing what is small of it."""
+    return dtype in (torch.float32, torch.float64)
+
+
+def prefers_weight_form(inputs: int, outputs: int, weight: int) -> bool:
     """Return whether the weight form moves less memory than the delta form.
 
-    Building W_eff reads W and writes W_eff, once in the forward and once in the backward: 4 in out. The
-    delta form reads x for x A^T, reads and writes y in the forward, and reads and writes dx in the backward:
-    n (3 in + 2 out). The rank weighs on both sides alike and cancels; the four skinny products of the
-    backward are the same in both.
+    Building W_eff reads W and writes W_eff, once in the forward and once in the backward. The delta form
+    reads x for A's product, reads and writes y in the forward, and reads and writes dx in the backward. The
+    rank weighs on both sides alike and cancels; the narrow products of the backward are the same in both.
+
+    Args:
+        inputs: how many numbers there are in x.
+        outputs: in y.
+        weight: in W.
     """
-    return tokens * (3 * in_features + 2 * out_features) > 4 * in_features * out_features
+    return 3 * inputs + 2 * outputs > 4 * weight
