@@ -120,4 +120,5 @@ def add_low_rank(
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Return a context in which products are formed in the dtypes of their factors."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    on = not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+    return torch.autocast(tensor.device.type, enabled=False) if on else nullcontext()

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+import torch._functorch.utils as functorch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -29,6 +31,10 @@ AttentionOutput = NonDynamicallyQuantizableLinear
 
 is_lazy = torch.nn.parameter.is_lazy
 """Whether a parameter has no shape before the first call."""
+is_compiling = torch.compiler.is_compiling
+"""Whether `torch.compile` or `torch.export` is tracing."""
+is_transforming = torch._C._are_functorch_transforms_active
+"""Whether a transformation of `torch.func` is at work: `vmap`, `grad`, `jvp`."""
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -89,12 +95,8 @@ def put_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether hooks may watch or change the call of a module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    forward, backward = module._forward_hooks, module._backward_hooks
+    return bool(forward or module._forward_pre_hooks or backward or module._backward_pre_hooks)
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
@@ -156,21 +158,15 @@ def in_backward() -> bool:
     return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def is_compiling() -> bool:
-    """Return whether `torch.compile` or `torch.export` is tracing."""
-    return torch.compiler.is_compiling()
+def is_deriving() -> bool:
+    """Return whether what is computed now may have a derivative, by autograd or by `torch.func`."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_transforming()
 
 
-def is_transforming() -> bool:
-    """Return whether a transformation of `torch.func` is at work: `vmap`, `grad`, `jvp`."""
-    return torch._C._are_functorch_transforms_active()
+def applied(function: type[torch.autograd.Function], arguments: tuple[object, ...]) -> object:
+    """Return what a function's `apply` does outside transformations, for all the arguments of its `forward`.
 
-
-def convolution_backward(g: Tensor, x: Tensor, W: Tensor, *steps: tuple[int, ...], of_weight: bool) -> Tensor:
-    """Return the gradient of a convolution's weight, or that of its input, given g, that of its output.
-
-    `torch.nn.grad` has a name for each number of dimensions, and knows nothing of x's layout in memory.
+    `apply` would bind them to the signature first, which takes longer than all else that it does.
     """
-    mask, dims = (not of_weight, of_weight, False), x.dim() - 2
-    gradients = torch.ops.aten.convolution_backward(g, x, W, None, *steps, False, [0] * dims, 1, mask)
-    return gradients[of_weight]  # type: ignore[no-any-return]
+    known = functorch.unwrap_dead_wrappers(arguments)  # a tensor that a transformation has left behind
+    return super(torch.autograd.Function, function).apply(*known)  # type: ignore[misc]

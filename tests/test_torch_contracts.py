@@ -24,6 +24,7 @@ from checks import (
 )
 from models import CASES, MLP, Attention, encoder_layer, in_dtypes, on_grid
 from torch import nn
+from torch.autograd import forward_ad
 
 import minilora
 from minilora import AdapterConfig, LoRAConfig, MiniLoRAError
@@ -433,15 +434,70 @@ def test_compiled_code_sees_what_a_thread_local_holds():
     assert compiled(torch.ones(1)) == 3
 
 
-def test_no_call_works_out_the_signature_of_a_function():
-    functions = Function.__subclasses__()
-    assert {function.__name__ for function in functions} == {
-        "_Convolution",
-        "_DeltaLinear",
-        "_EffectiveLinear",
-        "_MagnitudeLinear",
-    }
-    for function in functions:
-        noted = vars(function.forward).get("__signature__")
-        assert noted is not None, function
-        assert inspect.signature(function.forward) is noted, function
+FUNCTIONS = {
+    "_DeltaLinear": (lambda: nn.Linear(16, 16), (1, 16), {}),
+    "_EffectiveLinear": (lambda: nn.Linear(16, 16), (64, 16), {}),
+    "_MagnitudeLinear": (lambda: nn.Linear(16, 16), (64, 16), {"dora": True}),
+    "_Convolution": (lambda: nn.Conv2d(4, 4, 3), (8, 4, 16, 16), {}),
+}
+
+
+@pytest.fixture(params=FUNCTIONS)
+def computed(request, monkeypatch):
+    """A layer whose call runs one of the functions, and its input."""
+    make, shape, options = FUNCTIONS[request.param]
+    model = minilora.inject(nn.Sequential(make()), "0", LoRAConfig(r=2, **options))
+    randomise(model)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    applied, names = minilora.variants.function.applied, []
+
+    def noting(function, arguments):
+        names.append(function.__name__)
+        return applied(function, arguments)
+
+    monkeypatch.setattr(minilora.variants.function, "applied", noting)
+    model(x)
+    assert names == [request.param]
+    return model, x
+
+
+def test_every_function_is_among_those_that_are_tried():
+    assert {function.__name__ for function in Function.__subclasses__()} == set(FUNCTIONS)
+
+
+def test_a_call_binds_no_signature(computed, monkeypatch):
+    model, x = computed
+
+    def unwanted(*_):
+        raise AssertionError("a signature was asked for")
+
+    monkeypatch.setattr(inspect, "signature", unwanted)
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_recorded_where_nothing_can_be_derived(computed, mode, monkeypatch):
+    model, x = computed
+    expected = model(x)
+    monkeypatch.setattr(minilora.variants.function, "applied", None)
+    with mode():
+        assert torch.equal(model(x), expected)
+
+
+def test_a_tangent_needs_no_gradients_to_be_on(computed):
+    model, x = computed
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    _, expected = torch.func.jvp(model, (x,), (v,))
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), forward_ad.dual_level():
+            y = forward_ad.unpack_dual(model(forward_ad.make_dual(x, v)))
+        assert torch.equal(y.tangent, expected)
+
+
+def test_a_tensor_that_a_transformation_left_behind_is_one_like_any_other(computed):
+    model, x = computed
+    left = []
+    torch.func.grad(lambda t: (left.append(t), t.sum())[1])(x)
+    trained = minilora.trainable_parameters(model)
+    expected = torch.autograd.grad(model(x).sum(), trained)
+    assert all(map(torch.equal, torch.autograd.grad(model(left[0]).sum(), trained), expected))

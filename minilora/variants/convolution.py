@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import compute_dtype, effective_weight, without_autocast
-from ..torch_internals import convolution_backward, is_compiling
+from ..torch_internals import is_compiling
 from .choice import is_whole, prefers_weight_form
 from .function import Function
 
@@ -72,7 +72,7 @@ def convolved(
             weight = weight.to(dtype)
             h = conv(x, kernels(lora_A, weight, dtype), None, *steps)
     arguments = (x, w_eff, h, bias, weight, lora_A, lora_B, scaling, conv, steps)
-    return _Convolution.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+    return _Convolution.run(*arguments)  # type: ignore[no-any-return]
 
 
 def stands_in(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
@@ -212,6 +212,16 @@ class _Convolution(Function):
                 h = conv(x, A, None, *steps) if h is None or again else h
                 dB = products(g, h).to(lora_B.dtype) * s
         return dx, None, None, db, None, dA, dB, None, None, None
+
+
+def convolution_backward(g: Tensor, x: Tensor, W: Tensor, *steps: tuple[int, ...], of_weight: bool) -> Tensor:
+    """Return the gradient of a convolution's weight, or that of its input, given g, that of its output.
+
+    `torch.nn.grad` has a name for each number of dimensions, and knows nothing of x's layout in memory.
+    """
+    mask, dims = (not of_weight, of_weight, False), x.dim() - 2
+    gradients = torch.ops.aten.convolution_backward(g, x, W, None, *steps, False, [0] * dims, 1, mask)
+    return gradients[of_weight]  # type: ignore[no-any-return]
 
 
 def kernels(lora_A: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,7 +58,7 @@ def delta_linear(
     W = weight.T if transposed else weight
     scale = scaling / (1 - dropout) if dropout < 1 else 0.0  # of nothing
     arguments = (rows.to(dtype), W.to(dtype), bias, mask, lora_A, lora_B, scale)
-    y, _ = _DeltaLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    y, _ = _DeltaLinear.run(*arguments)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 

@@ -59,7 +59,7 @@ def magnitude_linear(
         n = dora.lengths(V, transposed)
     V, fixed = V.to(dtype), (weight, scaling, transposed)
     bias = None if bias is None else bias.to(dtype)
-    y, _ = _MagnitudeLinear.apply(rows.to(dtype), V, n, bias, lora_A, lora_B, magnitude, *fixed)  # type: ignore[no-untyped-call]
+    y, _ = _MagnitudeLinear.run(rows.to(dtype), V, n, bias, lora_A, lora_B, magnitude, *fixed)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 

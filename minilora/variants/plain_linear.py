@@ -51,7 +51,7 @@ def effective_linear(
     with torch.no_grad():  # its share of the gradient is in the backward below
         w_eff = effective_weight(weight, lora_A, lora_B, scaling, transposed=transposed, dtype=dtype)
     arguments = (rows.to(dtype), w_eff, bias, weight, lora_A, lora_B, scaling, transposed)
-    y = _EffectiveLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    y = _EffectiveLinear.run(*arguments)
     return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
