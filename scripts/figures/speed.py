@@ -279,10 +279,9 @@ def over_time() -> str:
     return grid(["benchmark", "what", "ratio (date, commit, processor)"], lines)
 
 
-def forms() -> str:
-    """A forward pass in every form, and how far its outputs are from the unmerged ones."""
-    found = benchmark("merge_speed-cpu")["tables"]
-    (values,) = (each for each in found if is_titled(each, ("one forward pass",)))
+def forms(name: str, part: str) -> str:
+    """Inference in every form, and how far its outputs are from the unmerged ones."""
+    (values,) = (each for each in benchmark(name)["tables"] if is_titled(each, (part,)))
     table = Table.from_dict(values)
     lines = [
         [row.name, ratio_cell(table, row), f"{value['difference_to_unmerged']:.1e}"]
@@ -343,7 +342,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speeds": speeds,
     "costs": costs,
     "machine": lambda: machine("train_speed-cpu"),
-    "forms": forms,
+    "forms": lambda: forms("merge_speed-cpu", "one forward pass"),
+    "forms-decode": lambda: forms("merge_speed-llama-135m-decode-cpu", "16 tokens decoded one by one"),
     "profile-fp32": lambda: profile("all-linear", "fp32"),
     "profile-totals": profile_totals,
     "profile-autocast": lambda: profile("all-linear", "bf16-autocast"),
