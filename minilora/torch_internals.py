@@ -95,8 +95,8 @@ def put_buffer(module: nn.Module, name: str, buffer: Tensor) -> None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether hooks may watch or change the call of a module."""
-    forward, backward = module._forward_hooks, module._backward_hooks
-    return bool(forward or module._forward_pre_hooks or backward or module._backward_pre_hooks)
+    of_forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(of_forward or module._backward_pre_hooks or module._backward_hooks)
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
@@ -164,9 +164,11 @@ def is_deriving() -> bool:
 
 
 def applied(function: type[torch.autograd.Function], arguments: tuple[object, ...]) -> object:
-    """Return what a function's `apply` does outside transformations, for all the arguments of its `forward`.
+    """Return what a function's `apply` does, for all the arguments of its `forward`.
 
     `apply` would bind them to the signature first, which takes longer than all else that it does.
     """
+    if is_transforming():
+        return function.apply(*arguments)  # type: ignore[no-untyped-call]
     known = functorch.unwrap_dead_wrappers(arguments)  # a tensor that a transformation has left behind
     return super(torch.autograd.Function, function).apply(*known)  # type: ignore[misc]

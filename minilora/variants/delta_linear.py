@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import compute_dtype, without_autocast
-from ..torch_internals import is_transforming
+from ..torch_internals import is_deriving
 from .dropout import kept
 from .function import Function
 from .plain_linear import parts_of_tangent
@@ -130,21 +130,16 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask.to(x.dtype)
 
 
-# Written into a tensor that is ours alone, where nobody has to see what it was before.
-
-
-def may_be_written() -> bool:
-    """Return whether neither a second derivative nor a transformation looks on."""
-    return not (torch.is_grad_enabled() or is_transforming())
+# Written into a tensor that is ours alone, where no derivative has to see what it was before.
 
 
 def added(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """Return y + s L R, in y itself where it may be."""
-    return torch.addmm(y, left, right, alpha=scaling, out=y if may_be_written() else None)
+    return torch.addmm(y, left, right, alpha=scaling, out=None if is_deriving() else y)
 
 
 def back_to_x(dx: Tensor, gB: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
     """Return dx + m (g B A), in dx itself where it may be."""
     if mask is None:
         return added(dx, gB, A, 1.0)
-    return torch.addcmul(dx, gB @ A, mask.to(dx.dtype), out=dx if may_be_written() else None)
+    return torch.addcmul(dx, gB @ A, mask.to(dx.dtype), out=None if is_deriving() else dx)

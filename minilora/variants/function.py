@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..torch_internals import applied, is_deriving, is_transforming
+from ..torch_internals import applied, is_deriving
 
 
 class Function(torch.autograd.Function):
@@ -19,6 +19,4 @@ class Function(torch.autograd.Function):
         On few tokens it is such calls that cost, and not the products. So nothing is recorded where nothing
         can be derived, and the arguments are bound to no signature.
         """
-        if is_transforming():
-            return cls.apply(*arguments)  # type: ignore[no-untyped-call]
         return applied(cls, arguments) if is_deriving() else cls.forward(*arguments)
